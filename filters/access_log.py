@@ -1,0 +1,54 @@
+"""One JSON line for each call, written at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.api import USAGE, Call, CallFilter, CallNext, End, Reply
+
+
+class AccessLog(CallFilter):
+    """Who called what, how it ended, how long it took: never a key, a header or a body.
+
+    Switch it on to know afterwards. Place it near the outside, so that calls which other filters
+    refuse are logged as well. Times are milliseconds; `overhead_ms` is what the sidecar itself
+    added before the first byte.
+    """
+
+    sees_refused = True
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        call.on_end(lambda end: self._write(call, end))
+        return await call_next(call)
+
+    def _write(self, call: Call, end: End) -> None:
+        now = self.kit.clock.monotonic()
+        until = call.replied_at or now
+        first_byte_s = until - call.received_at
+        target = call.target or (call.targets[0] if call.targets else None)
+        line: dict[str, Any] = {
+            "event": "call",
+            "time": self.kit.clock.wall(),
+            "id": call.id,
+            "team": call.team.name,
+            "endpoint": call.endpoint.name,
+            "method": call.method,
+            "model": call.model,
+            "upstream": target.upstream.name if target is not None else None,
+            "attempts": call.attempts,
+            "status": call.status,
+            "outcome": end.outcome.value,
+            "bytes_in": call.bytes_in,
+            "bytes_out": call.bytes_out,
+            "first_byte_ms": round(first_byte_s * 1000, 3),
+            "overhead_ms": round((first_byte_s - call.upstream_wait_s) * 1000, 3),
+            "total_ms": round((now - call.received_at) * 1000, 3),
+        }
+        error = end.error
+        if error is not None:
+            line["error"] = getattr(error, "code", "internal_error")
+        usage = call.get(USAGE)
+        if usage is not None:
+            line["input_tokens"] = usage.input
+            line["output_tokens"] = usage.output
+        self.kit.access_log(line)

@@ -1,0 +1,70 @@
+"""All that a filter may import."""
+
+from sidecar.call import (
+    USAGE,
+    Attempt,
+    Call,
+    ChatView,
+    End,
+    Key,
+    Outcome,
+    Target,
+    Timeouts,
+    Upstream,
+    Usage,
+)
+from sidecar.clock import Clock
+from sidecar.config.secret import Secret
+from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError
+from sidecar.filter import (
+    AttemptFilter,
+    AttemptNext,
+    CallFilter,
+    CallNext,
+    Filter,
+    FilterConfig,
+    Kit,
+)
+from sidecar.metrics import SHORT_SECONDS, Counter, Gauge, Histogram, Metrics
+from sidecar.reply import Body, Reply, Source, Transformer
+from sidecar.sse import Event
+from sidecar.team import Team
+
+__all__ = [
+    "SHORT_SECONDS",
+    "USAGE",
+    "Attempt",
+    "AttemptFilter",
+    "AttemptNext",
+    "Body",
+    "Call",
+    "CallError",
+    "CallFilter",
+    "CallNext",
+    "ChatView",
+    "Clock",
+    "Counter",
+    "End",
+    "Event",
+    "Filter",
+    "FilterConfig",
+    "Gauge",
+    "Histogram",
+    "Key",
+    "Kit",
+    "Metrics",
+    "Outcome",
+    "Phase",
+    "Rejected",
+    "Reply",
+    "Retry",
+    "Secret",
+    "Source",
+    "Target",
+    "Team",
+    "Timeouts",
+    "Transformer",
+    "Upstream",
+    "UpstreamError",
+    "Usage",
+]

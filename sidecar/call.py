@@ -1,0 +1,432 @@
+"""A call and its attempts: what is known of them, and what is owed when they end.
+
+    call      one client request, from first byte in to last byte out
+    attempt   one try of a call against one upstream
+    debt      something owed at the end of either: a slot to free, a circuit to feed, a row to write
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+
+import orjson
+from multidict import CIMultiDict, MultiMapping
+
+from sidecar.errors import CallError, Rejected, UpstreamError
+from sidecar.tasks import Tasks
+
+if TYPE_CHECKING:
+    from sidecar.dialects import Dialect, Endpoint
+    from sidecar.team import Team
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+SETTLE_TIMEOUT_S = 10.0
+
+
+class Outcome(Enum):
+    """How a call or an attempt was over."""
+
+    COMPLETED = "completed"  # the answer was passed on in full, whatever its status
+    UPSTREAM_FAILED = "upstream_failed"  # no answer, or one that broke off
+    CLIENT_GONE = "client_gone"  # the client left first
+    REJECTED = "rejected"  # refused by us, before an upstream was asked
+    DISCARDED = "discarded"  # an answer, or a try, that a filter did not want any more
+    ABORTED = "aborted"  # stopped by us: shutdown, or a mistake of our own
+
+
+class End:
+    """The end of a call or an attempt; `status` is the HTTP status seen, 0 when there was none."""
+
+    __slots__ = ("error", "outcome", "status")
+
+    def __init__(self, outcome: Outcome, status: int = 0, error: BaseException | None = None):
+        self.outcome = outcome
+        self.status = status
+        self.error = error
+
+    @property
+    def upstream_fault(self) -> bool:
+        """Whether the upstream is to blame; the only place where that is decided.
+
+        A client that left is not an upstream failure. An answer that broke off midway is, though
+        its status was 200; a complete answer is one from status 500 up.
+        """
+        if self.outcome is Outcome.UPSTREAM_FAILED:
+            return True
+        return self.outcome is Outcome.COMPLETED and self.status >= 500
+
+    def __repr__(self) -> str:
+        error = f" {self.error!r}" if self.error is not None else ""
+        return f"<End {self.outcome.name} {self.status}{error}>"
+
+
+def end_of(error: BaseException, call: Call) -> End:
+    """The end that `error` means for a scope of `call`."""
+    if isinstance(error, UpstreamError):
+        return End(Outcome.UPSTREAM_FAILED, error.status, error)
+    if isinstance(error, Rejected):
+        return End(Outcome.REJECTED, error.status, error)
+    if isinstance(error, asyncio.CancelledError):
+        return End(call.cancelled_as or Outcome.DISCARDED, 0)
+    return End(Outcome.ABORTED, 500, error)
+
+
+class Key(Generic[T]):
+    """The name of a shared fact of type T. Two keys are equal only when they are the same object."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<Key {self.name}>"
+
+
+class Scope:
+    """What calls and attempts share: facts under typed keys, and debts.
+
+    Every debt is paid exactly once, on every kind of end. One that is registered after the end is
+    paid at once.
+    """
+
+    __slots__ = ("_facts", "_on_end", "_on_settle", "end")
+
+    def __init__(self) -> None:
+        self.end: End | None = None
+        self._facts: dict[Key[Any], Any] = {}
+        self._on_end: list[Callable[[End], None]] = []
+        self._on_settle: list[Callable[[End], Awaitable[None]]] = []
+
+    # Facts
+
+    def __getitem__(self, key: Key[T]) -> T:
+        return self._facts[key]  # type: ignore[no-any-return]
+
+    def __setitem__(self, key: Key[T], value: T) -> None:
+        self._facts[key] = value
+
+    def __contains__(self, key: Key[Any]) -> bool:
+        return key in self._facts
+
+    @overload
+    def get(self, key: Key[T]) -> T | None: ...
+    @overload
+    def get(self, key: Key[T], default: D) -> T | D: ...
+    def get(self, key: Key[Any], default: Any = None) -> Any:
+        return self._facts.get(key, default)
+
+    # Debts
+
+    def on_end(self, debt: Callable[[End], None]) -> None:
+        """Owe `debt`: sync and short, run at once at the end, newest first."""
+        if self.end is None:
+            self._on_end.append(debt)
+        else:
+            _pay(debt, self.end)
+
+    def on_settle(self, debt: Callable[[End], Awaitable[None]]) -> None:
+        """Owe `debt` that needs I/O: run after the end, in a tracked task with a time limit.
+
+        It never delays the client's next request. After the end this raises RuntimeError: nobody
+        would run it.
+        """
+        if self.end is not None:
+            raise RuntimeError("on_settle after the end: register debts before call_next")
+        self._on_settle.append(debt)
+
+    def finish(self, end: End, tasks: Tasks) -> None:
+        """Pay all debts, once; a second call does nothing. For the core only."""
+        if self.end is not None:
+            return
+        self.end = end
+        debts = self._on_end
+        while debts:
+            _pay(debts.pop(), end)
+        if self._on_settle:
+            settles, self._on_settle = self._on_settle, []
+            tasks.start(_settle(settles, end), name="settle")
+
+
+def _pay(debt: Callable[[End], None], end: End) -> None:
+    try:
+        debt(end)
+    except Exception:
+        log.exception("debt_failed", extra={"outcome": end.outcome.value})
+
+
+async def _settle(debts: list[Callable[[End], Awaitable[None]]], end: End) -> None:
+    while debts:
+        debt = debts.pop()
+        try:
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                await debt(end)
+        except Exception:
+            log.exception("settle_failed", extra={"outcome": end.outcome.value})
+
+
+class Upload(Protocol):
+    """A request body that streams through: read once, never held, never sent again."""
+
+    async def readany(self) -> bytes:
+        """The next bytes; empty at the end of the body."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """What an attempt may wait for, in seconds."""
+
+    connect_s: float = 5.0  # name, pool, TCP, proxy and TLS together
+    first_byte_s: float = 120.0  # request written until the first byte of the body
+    silence_s: float = 60.0  # between two reads of a body
+    total_s: float = 3600.0  # the whole attempt
+
+
+class Upstream(Protocol):
+    """One configured upstream, as filters see it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dialect(self) -> Dialect: ...
+    @property
+    def host(self) -> str:
+        """The `Host` header of its requests: name and, unless it is the default, port."""
+        ...
+
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def timeouts(self) -> Timeouts: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an attempt may go: an upstream, and the model's name there (None: as the caller said)."""
+
+    upstream: Upstream
+    model: str | None = None
+
+
+class Call(Scope):
+    """One client request.
+
+    `headers`, `path` and `query` are the client's own, as they came; `body` is the whole request
+    body, or None when it streams through as `upload`. Times are of
+    `time.monotonic`, in seconds.
+    """
+
+    __slots__ = (
+        "_json",
+        "attempts",
+        "body",
+        "bytes_in",
+        "bytes_out",
+        "cancelled_as",
+        "dialect",
+        "endpoint",
+        "headers",
+        "id",
+        "is_body_changed",
+        "label",
+        "method",
+        "model",
+        "path",
+        "peer",
+        "query",
+        "received_at",
+        "refusal",
+        "replied_at",
+        "reply_headers",
+        "status",
+        "target",
+        "targets",
+        "team",
+        "timeouts",
+        "upload",
+        "upstream_headers",
+        "upstream_wait_s",
+    )
+
+    def __init__(
+        self,
+        *,
+        call_id: str,
+        method: str,
+        path: str,
+        query: str,
+        headers: MultiMapping[str],
+        team: Team,
+        dialect: Dialect,
+        endpoint: Endpoint,
+        received_at: float,
+        peer: str = "",
+    ) -> None:
+        super().__init__()
+        self.id = call_id
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body: bytes | None = b""
+        self.upload: Upload | None = None
+        self.peer = peer
+        self.team = team
+        self.dialect = dialect
+        self.endpoint = endpoint
+        self.model: str | None = None  # as the caller named it
+        self.label = ""  # the same from a closed set, for metrics and logs
+        self.targets: tuple[Target, ...] = ()
+        self.target: Target | None = None  # where the next attempt goes; None: the first of targets
+        self.timeouts: Timeouts | None = None  # set by a filter to override the upstream's
+        self.upstream_headers: dict[str, str] = {}  # added to the head of every attempt
+        self.reply_headers: dict[str, str] = {}  # added to the head of the answer, errors included
+        self.attempts: int = 0
+        self.refusal: CallError | None = None
+        self.received_at = received_at
+        self.replied_at = 0.0  # the first byte of the answer was ready for the client
+        self.upstream_wait_s = 0.0  # waited for upstreams until then, all attempts together
+        self.status = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.cancelled_as: Outcome | None = None  # why our task was cancelled, if it was
+        self.is_body_changed = False
+        self._json: Any = None
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The request body as a JSON object, parsed at most once.
+
+        Raises `Rejected` (400) when it is not one. Do not change it in place: use `replace_json`.
+        """
+        if self._json is None:
+            body = self.body
+            if body is None:
+                raise Rejected(400, "body_not_json", "this request's body streams through unread")
+            self._json = parse_object(body)
+        return self._json  # type: ignore[no-any-return]
+
+    def replace_json(self, value: dict[str, Any]) -> None:
+        """Send `value` to the upstream instead of the bytes that came in."""
+        self._json = value
+        self.body = orjson.dumps(value)
+        self.is_body_changed = True
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the caller asked for a stream of events."""
+        return bool(self.body) and b'"stream"' in (self.body or b"") and self.json.get("stream") is True
+
+    @property
+    def chat(self) -> ChatView:
+        """The request as its dialect's typed view; raises `Rejected` (400) when it is none."""
+        return self.dialect.view(self.json)
+
+    def __repr__(self) -> str:
+        return f"<Call {self.id} {self.method} {self.path} team={self.team.name} model={self.model}>"
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """`body` as a JSON object; raises `Rejected` (400) with the place of the mistake."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        message = f"the request body is not valid JSON: {error}"
+        raise Rejected(400, "invalid_json", message) from None
+    if not isinstance(value, dict):
+        raise Rejected(400, "invalid_json", "the request body must be a JSON object")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ChatView:
+    """What every dialect's request has in common."""
+
+    dialect: str
+    model: str
+    messages: tuple[Mapping[str, Any], ...]  # as the dialect writes them
+    is_stream: bool
+    max_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call.
+
+    `input` and `output` are totals; the other fields say how much of them was of a special kind.
+    Source of the fields: each provider's `usage`, normalised by its dialect.
+    """
+
+    input: int = 0
+    output: int = 0
+    cached: int = 0  # of input: read from the provider's prompt cache
+    cache_write: int = 0  # of input: written to it
+    reasoning: int = 0  # of output
+
+
+USAGE: Key[Usage] = Key("usage")
+"""Tokens as the provider reported them so far; the last report of a stream counts."""
+
+
+class Attempt(Scope):
+    """One try of a call against one upstream, with its own copy of head and body.
+
+    `headers` are the upstream request's end-to-end headers, free to change; framing and hop-by-hop
+    headers are added when it is written. `path` is the path and query on the wire.
+    """
+
+    __slots__ = (
+        "body",
+        "call",
+        "first_byte_at",
+        "headers",
+        "is_streaming",
+        "method",
+        "number",
+        "path",
+        "started_at",
+        "target",
+        "timeouts",
+        "upload",
+        "upstream",
+    )
+
+    def __init__(
+        self,
+        call: Call,
+        target: Target,
+        *,
+        number: int,
+        path: str,
+        headers: CIMultiDict[str],
+        body: bytes,
+        upload: Upload | None,
+        timeouts: Timeouts,
+        started_at: float,
+    ) -> None:
+        super().__init__()
+        self.call = call
+        self.target = target
+        self.upstream = target.upstream
+        self.number = number
+        self.method = call.method
+        self.path = path
+        self.headers = headers
+        self.body = body
+        self.upload = upload
+        self.timeouts = timeouts
+        self.started_at = started_at
+        self.first_byte_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.number} of {self.call.id} at {self.upstream.name}>"

@@ -1,0 +1,171 @@
+"""The command line: run, check, mock. What each needs is imported when it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidecar import __version__
+
+if TYPE_CHECKING:
+    from sidecar.config import Bound
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sidecar")
+def main() -> None:
+    """A reverse proxy for LLM APIs, to run beside your application."""
+
+
+_CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.command()
+@click.option("--config", "path", type=_CONFIG, default="config.yaml", show_default=True)
+@click.option("--listen", help="Data port instead of the file's: host:port or unix:/path.")
+@click.option("--admin", help="Admin port instead of the file's; `none`: no admin port.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes that share the data port.")
+@click.option("--worker", type=int, hidden=True)
+@click.option("--worker-admin", hidden=True)
+def run(
+    path: Path,
+    listen: str | None,
+    admin: str | None,
+    workers: int | None,
+    worker: int | None,
+    worker_admin: str | None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; a second one stops at once.
+
+    \b
+    Exit codes
+      0    stopped, every call had ended
+      1    could not start: port in use, a filter that failed
+      2    the configuration does not load
+      3    stopped, calls were aborted after drain_s
+      130  stopped at once by a second signal
+    """
+    overrides: dict[str, Any] = {}
+    if listen is not None:
+        overrides["listen"] = listen
+    if admin is not None:
+        overrides["admin"] = None if admin == "none" else admin
+    if workers is not None:
+        overrides["workers"] = workers
+    if worker is not None:
+        overrides["admin"] = worker_admin
+    bound = _load_or_exit(path, overrides)
+
+    from sidecar import log
+    from sidecar.process import serve, supervise
+
+    log.set_up(bound.config.log.level)
+    if bound.config.workers > 1 and worker is None:
+        code = _run(supervise(path, bound, overrides))
+    else:
+        code = _run(serve(path, bound, overrides, worker))
+    sys.exit(code)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path), default="config.yaml")
+def check(path: Path) -> None:
+    """Check a configuration, its team files and secrets, without serving.
+
+    \b
+    Exit codes
+      0  it would load
+      1  it has mistakes: each is printed as file:line:column: path: what and how to mend it
+      2  the file cannot be read, or the command was used wrongly
+    """
+    from sidecar.errors import ConfigError
+
+    if not path.is_file():
+        click.echo(f"{path}: no such file", err=True)
+        sys.exit(2)
+    try:
+        bound = _load(path, {})
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        count = len(error.problems)
+        click.echo(f"{count} problem{'s' if count != 1 else ''}", err=True)
+        sys.exit(1)
+    for warning in bound.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    config = bound.config
+    click.echo(
+        f"{path}: ok ({len(config.upstreams)} upstreams, {len(config.models)} models, "
+        f"{len(bound.teams)} teams)"
+    )
+
+
+@main.command()
+@click.option("--listen", default="127.0.0.1:8081", show_default=True)
+@click.option("--script", type=_CONFIG, help="YAML rules that say how to answer.")
+def mock(listen: str, script: Path | None) -> None:
+    """Serve the scripted provider alone: OpenAI and Anthropic dialects, no key.
+
+    Requests steer it by headers such as `x-mock-status: 429`; docs/mock.md lists them.
+    """
+    from sidecar.mock import MockProvider, Script, ScriptError
+
+    try:
+        rules = Script.load(script) if script is not None else None
+    except ScriptError as error:
+        click.echo(str(error), err=True)
+        sys.exit(2)
+
+    async def serve_mock() -> int:
+        provider = MockProvider(script=rules)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        try:
+            if listen.startswith("unix:"):
+                where = await provider.start(unix_path=listen.removeprefix("unix:"))
+            else:
+                host, _, port = listen.rpartition(":")
+                if not host or not port.isdigit():
+                    click.echo('--listen: write "host:port" or "unix:/path"', err=True)
+                    return 2
+                where = await provider.start(host=host.strip("[]"), port=int(port))
+        except OSError as error:
+            click.echo(f"could not listen on {listen}: {error.strerror or error}", err=True)
+            return 1
+        click.echo(f"mock provider listens on {where}")
+        await stop.wait()
+        await provider.stop()
+        return 0
+
+    sys.exit(_run(serve_mock()))
+
+
+def _load(path: Path, overrides: dict[str, Any]) -> Bound:
+    from sidecar.config import bind, load_config, override
+
+    return bind(override(load_config(path), overrides))
+
+
+def _load_or_exit(path: Path, overrides: dict[str, Any]) -> Bound:
+    from sidecar.errors import ConfigError
+
+    try:
+        return _load(path, overrides)
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        sys.exit(2)
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)

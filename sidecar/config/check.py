@@ -1,0 +1,489 @@
+"""What the sections mean together: names that exist, filters that fit, ports that are safe.
+
+The result has every filter's class and settings in place; building the filters is left to the
+snapshot.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+
+from sidecar.config.document import Document, Keys, dotted, follow
+from sidecar.config.explain import Mistake, did_you_mean, explain
+from sidecar.config.load import Loaded
+from sidecar.config.references import References
+from sidecar.config.registry import FilterNotFound, builtin_filters, find_filter
+from sidecar.config.schema import Config, TeamSettings, UpstreamSettings
+from sidecar.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from sidecar.filter import Filter, FilterConfig
+
+RESERVED_SEGMENTS = frozenset({"healthz", "livez", "readyz", "metrics"})
+"""First segments of paths that are no upstream's, beside the API versions (`v1`, `v1beta`)."""
+
+OWN_HEADERS = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding"),
+        *("upgrade", "host", "content-length", "expect"),
+    }
+)
+"""Headers that each connection sets for itself (RFC 9110, section 7.6.1)."""
+
+CREDENTIAL_HEADERS = frozenset(
+    {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-goog-api-key"}
+)
+
+
+class FilterSpec(NamedTuple):
+    """One place in a chain."""
+
+    name: str
+    """As the chain has it; also the name of its sections."""
+    filter_class: type[Filter]
+    config: FilterConfig
+    """An instance of `filter_class.Config`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPolicy:
+    """One team and the filters of its calls and attempts, in the order of execution."""
+
+    team: TeamSettings
+    call: tuple[FilterSpec, ...]
+    attempt: tuple[FilterSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A configuration that can be built."""
+
+    config: Config
+    teams: tuple[TeamSettings, ...]
+    """The teams of the team files; empty when there are none."""
+    policies: tuple[BoundPolicy, ...]
+    """One for each team, in their order; without team files, one for the implicit team."""
+    upstream_sections: Mapping[str, Mapping[str, FilterConfig]]
+    """For each filter with an `UpstreamConfig`, by name: its section of each upstream that has
+    one, by the upstream's name."""
+    files: tuple[Path, ...]
+    """Everything that was read, also for the filters' settings. A change of one is a change."""
+    warnings: list[str]
+
+
+class _Section(NamedTuple):
+    """One `filters` mapping: of the configuration, or of a team file."""
+
+    document: Document
+    values: dict[str, dict[str, Any]]
+
+
+def bind(loaded: Loaded, environ: Mapping[str, str] | None = None) -> Bound:
+    """Check what `loaded` means as a whole and find its filters.
+
+    `environ` is where `env:NAME` is looked up; None: the process's environment. Imports the
+    modules of filters. Raises ConfigError with every problem.
+    """
+    return _Binder(loaded, os.environ if environ is None else environ).bind()
+
+
+def implicit_team(config: Config) -> TeamSettings:
+    """The only team when there are no team files: it may use all that is configured."""
+    return TeamSettings(team=config.team or "default", upstreams=list(config.upstreams))
+
+
+class _Binder:
+    def __init__(self, loaded: Loaded, environ: Mapping[str, str]) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        self.document = loaded.document
+        self.directory = loaded.path.parent
+        self.references = References(self.directory, environ)
+        self.problems: dict[Problem, None] = {}  # teams share most of their mistakes
+        self.classes: dict[str, type[Filter]] = {}
+        self.missing: set[str] = set()
+
+    def bind(self) -> Bound:
+        self._check_ports()
+        self._check_upstreams()
+        self._check_models()
+        self._check_teams()
+        self._find_filters()
+        self._check_chains()
+        policies = self._policies()
+        sections = self._upstream_sections()
+        if self.problems:
+            files = [self.document.file, *(each.file for each in self.loaded.team_documents)]
+            raise ConfigError(
+                sorted(self.problems, key=lambda p: (files.index(p.file), p.line, p.column))
+            )
+        return Bound(
+            config=self.config,
+            teams=self.loaded.teams,
+            policies=policies,
+            upstream_sections=sections,
+            files=tuple(dict.fromkeys((*self.loaded.files, *sorted(self.references.files)))),
+            warnings=list(self.loaded.warnings),
+        )
+
+    def _refuse(
+        self, keys: Keys, message: str, *, at_key: bool = False, document: Document | None = None
+    ) -> None:
+        problem = (document or self.document).problem(keys, message, at_key=at_key)
+        self.problems[problem] = None
+
+    # Ports
+
+    def _check_ports(self) -> None:
+        config = self.config
+        if config.admin is not None and _collide(config.listen, config.admin):
+            self._refuse(("admin",), "is the address of `listen`: give it a port of its own")
+        if config.allow_anyone or _is_loopback(config.listen):
+            return
+        if config.team is not None:
+            self._refuse(
+                ("listen",),
+                f"everybody who reaches this address would be team {config.team}: listen on "
+                "127.0.0.1, or say `allow_anyone: true`",
+            )
+        elif not any(team.keys for team in self.loaded.teams):
+            self._refuse(
+                ("listen",),
+                "everybody who reaches this address could call: listen on 127.0.0.1, give the "
+                "teams keys, or say `allow_anyone: true`",
+            )
+
+    # Upstreams and models
+
+    def _check_upstreams(self) -> None:
+        for name, upstream in self.config.upstreams.items():
+            keys: Keys = ("upstreams", name)
+            if name in RESERVED_SEGMENTS or re.fullmatch(r"v\d+((alpha|beta)\d*)?", name):
+                self._refuse(
+                    keys, "the name is taken by the API's own paths: choose another", at_key=True
+                )
+            self._check_tls(upstream, keys)
+            for header, value in upstream.headers.items():
+                if message := _wrong_header(header, value):
+                    self._refuse((*keys, "headers", header), message, at_key=True)
+
+    def _check_tls(self, upstream: UpstreamSettings, keys: Keys) -> None:
+        if "tls" not in upstream.model_fields_set:
+            return
+        if not upstream.base_url.startswith("https:"):
+            self._refuse(
+                (*keys, "tls"),
+                "`base_url` is not https: remove the section or change the address",
+                at_key=True,
+            )
+        if upstream.tls.key_file is not None and upstream.tls.cert_file is None:
+            self._refuse(
+                (*keys, "tls", "key_file"),
+                "a key without a certificate: add `cert_file`",
+                at_key=True,
+            )
+
+    def _check_models(self) -> None:
+        for name, model in self.config.models.items():
+            for index, target in enumerate(model.targets):
+                keys: Keys = ("models", name, "targets", index, "upstream")
+                keys, _ = follow(keys, self.document.value)  # there are shorthands
+                self._check_name(keys, target.upstream, "upstream", self.config.upstreams)
+
+    def _check_name(
+        self,
+        keys: Keys,
+        name: str,
+        kind: str,
+        known: Iterable[str],
+        document: Document | None = None,
+    ) -> None:
+        names = list(known)
+        if name in names:
+            return
+        hint = did_you_mean(name, names) or f"; there are: {', '.join(names) or 'none'}"
+        self._refuse(keys, f'there is no {kind} "{name}"{hint}', document=document)
+
+    # Teams
+
+    def _check_teams(self) -> None:
+        config, teams = self.config, self.loaded.teams
+        if config.team is not None and config.teams is not None:
+            self._check_name(("team",), config.team, "team", [team.team for team in teams])
+        if config.teams is None:
+            team = implicit_team(config)
+            self._check_name(("chains",), team.chain, "chain", config.chains)
+        names: dict[str, str] = {}
+        digests: dict[str, str] = {}
+        for team, document in zip(teams, self.loaded.team_documents, strict=True):
+            if (first := names.setdefault(team.team, document.file)) != document.file:
+                self._refuse(("team",), f"{first} is this team's file already", document=document)
+            self._check_team(team, document)
+            for index, key in enumerate(team.keys):
+                place = str(document.problem(("keys", index), "").line)
+                place = f"{document.file}:{place}"
+                if (first := digests.setdefault(key.sha256(), place)) != place:
+                    self._refuse(
+                        ("keys", index),
+                        f"the same key as in {first}: a key tells one team",
+                        document=document,
+                    )
+
+    def _check_team(self, team: TeamSettings, document: Document) -> None:
+        if not team.keys and team.team != self.config.team:
+            self._refuse((), f"nobody can be team {team.team}: add `keys`", document=document)
+        self._check_name(("chain",), team.chain, "chain", self.config.chains, document)
+        for index, name in enumerate(team.upstreams):
+            self._check_name(
+                ("upstreams", index), name, "upstream", self.config.upstreams, document
+            )
+        for index, pattern in enumerate(team.models):
+            if pattern != "*" and not any(_overlap(pattern, name) for name in self.config.models):
+                hint = did_you_mean(pattern, self.config.models) or ": add it to `models`"
+                self._refuse(
+                    ("models", index), f'no model is called "{pattern}"{hint}', document=document
+                )
+
+    # Filters
+
+    def _find_filters(self) -> None:
+        for chain_name, chain in self.config.chains.items():
+            for kind, names in (("call", chain.call), ("attempt", chain.attempt)):
+                for index, name in enumerate(names):
+                    keys: Keys = ("chains", chain_name, kind, index)
+                    if name in names[:index]:
+                        self._refuse(keys, f'"{name}" is in this list already: remove one')
+                    if self._find(name, keys) is None:
+                        self.missing.add(chain_name)
+
+    def _find(self, name: str, keys: Keys) -> type[Filter] | None:
+        if name not in self.classes:
+            try:
+                self.classes[name] = find_filter(name, self.directory)
+            except FilterNotFound as error:
+                self._refuse(keys, str(error))
+                return None
+        return self.classes[name]
+
+    def _check_chains(self) -> None:
+        from sidecar.chain import check_order  # late, as in registry.py
+
+        for name, chain in self.config.chains.items():
+            if name not in self.missing:
+                for mistake in check_order(
+                    [self.classes[each] for each in chain.call],
+                    [self.classes[each] for each in chain.attempt],
+                ):
+                    self._refuse(("chains", name), mistake)
+
+    def _policies(self) -> tuple[BoundPolicy, ...]:
+        config = self.config
+        own = _Section(self.document, config.filters)
+        in_use = {
+            name for chain in config.chains.values() for name in (*chain.call, *chain.attempt)
+        }
+        self._check_sections(own, in_use, "in no chain")
+        policies = []
+        if config.teams is None:
+            policies.append(self._policy(implicit_team(config), own, None))
+        for team, document in zip(self.loaded.teams, self.loaded.team_documents, strict=True):
+            section = _Section(document, _with_absolute_files(team.filters, document.file))
+            if team.chain in config.chains:
+                chain = config.chains[team.chain]
+                self._check_sections(
+                    section, {*chain.call, *chain.attempt}, f'not in the chain "{team.chain}"'
+                )
+            policies.append(self._policy(team, own, section))
+        taken = {policy.team.chain for policy in policies}
+        for name in config.chains.keys() - taken:
+            # Nobody's yet; its settings are to be right all the same.
+            self._policy(TeamSettings(team="nobody", chain=name), own, None)
+        return tuple(policies)
+
+    def _check_sections(self, section: _Section, names: set[str], where: str) -> None:
+        for name in section.values:
+            if name not in names:
+                hint = did_you_mean(name, names) or ": remove the section, or add it there"
+                self._refuse(
+                    ("filters", name),
+                    f"this filter is {where}{hint}",
+                    at_key=True,
+                    document=section.document,
+                )
+
+    def _policy(self, team: TeamSettings, own: _Section, section: _Section | None) -> BoundPolicy:
+        lists: dict[str, tuple[FilterSpec, ...]] = {}
+        chain = self.config.chains.get(team.chain)
+        for kind in ("call", "attempt"):
+            names: list[str] = getattr(chain, kind, [])
+            specs = [
+                self._spec(name, own, section, ("chains", team.chain, kind, index))
+                for index, name in enumerate(names)
+                if name in self.classes
+            ]
+            lists[kind] = tuple(spec for spec in specs if spec is not None)
+        return BoundPolicy(team, lists["call"], lists["attempt"])
+
+    def _spec(
+        self, name: str, own: _Section, section: _Section | None, use: Keys
+    ) -> FilterSpec | None:
+        filter_class = self.classes[name]
+        theirs = section.values.get(name, {}) if section is not None else {}
+        values = {**own.values.get(name, {}), **theirs}
+
+        def place(mistake: Mistake) -> None:
+            keys: Keys = ("filters", name, *mistake.keys)
+            first = mistake.keys[0] if mistake.keys else None
+            if section is not None and name in section.values:
+                # What the team did not say itself is the configuration's mistake.
+                is_theirs = first in theirs or first not in own.values.get(name, {})
+                document = section.document if is_theirs else own.document
+            elif name in own.values:
+                document = own.document
+            else:
+                self._refuse(use, f"needs settings: {dotted(keys)} {mistake.message}")
+                return
+            self._refuse(keys, mistake.message, at_key=mistake.at_key, document=document)
+
+        config = self._validate(filter_class.Config, values, place)
+        return None if config is None else FilterSpec(name, filter_class, config)
+
+    def _validate(
+        self, model: type[FilterConfig], values: Any, place: Callable[[Mistake], None]
+    ) -> FilterConfig | None:
+        try:
+            return model.model_validate(values, context=self.references)
+        except ValidationError as error:
+            mistakes = explain(error, model, values)
+        for mistake in mistakes:
+            place(mistake)
+        return None
+
+    # The filters' sections of the upstreams
+
+    def _upstream_sections(self) -> dict[str, dict[str, FilterConfig]]:
+        readers = self._section_readers()
+        sections: dict[str, dict[str, FilterConfig]] = {name: {} for name in readers}
+        for upstream_name, upstream in self.config.upstreams.items():
+            for name, values in (upstream.model_extra or {}).items():
+                keys: Keys = ("upstreams", upstream_name, name)
+                model = readers.get(name)
+                if model is None:
+                    self._unknown_key(keys, name, readers)
+                    continue
+
+                def place(mistake: Mistake, keys: Keys = keys) -> None:
+                    self._refuse((*keys, *mistake.keys), mistake.message, at_key=mistake.at_key)
+
+                config = self._validate(model, values, place)
+                if config is not None:
+                    sections[name][upstream_name] = config
+        return sections
+
+    def _section_readers(self) -> dict[str, type[FilterConfig]]:
+        """The model of each section that an upstream may have, by the filter's name."""
+        said = {
+            name
+            for upstream in self.config.upstreams.values()
+            for name in upstream.model_extra or {}
+        }
+        # A section may wait for a built-in filter that is not in a chain at the moment.
+        for name in sorted(said & builtin_filters().keys()):
+            self._find(name, ("upstreams",))
+        return {
+            name: found.UpstreamConfig
+            for name, found in self.classes.items()
+            if found.UpstreamConfig is not None
+        }
+
+    def _unknown_key(self, keys: Keys, name: str, readers: Iterable[str]) -> None:
+        if name in self.classes:
+            message = f'the filter "{name}" has no settings for an upstream: remove the section'
+        else:
+            known = [*UpstreamSettings.model_fields, *readers, *builtin_filters()]
+            hint = did_you_mean(name, known) or ", and no filter in use has settings of that name"
+            message = f"unknown key{hint}"
+        self._refuse(keys, message, at_key=True)
+
+
+def _with_absolute_files(
+    filters: dict[str, dict[str, Any]], file: str
+) -> dict[str, dict[str, Any]]:
+    """Relative `file:` references made absolute: merged, they stand beside another file's."""
+    directory = Path(file).parent.absolute()
+
+    def mend(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: mend(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [mend(each) for each in value]
+        if isinstance(value, str) and value.startswith("file:"):
+            return f"file:{directory / value.removeprefix('file:')}"
+        return value
+
+    return {name: mend(values) for name, values in filters.items()}
+
+
+def _is_loopback(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host = _host_and_port(address)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _collide(first: str, second: str) -> bool:
+    """Whether the two addresses cannot both be listened on."""
+    if first.startswith("unix:") or second.startswith("unix:"):
+        return first == second
+    (host, port), (other_host, other_port) = _host_and_port(first), _host_and_port(second)
+    if port != other_port or port == 0:
+        return False
+    return host == other_host or not {host, other_host}.isdisjoint({"0.0.0.0", "::"})
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]").lower()
+    return "127.0.0.1" if host == "localhost" else host, int(port)
+
+
+def _wrong_header(name: str, value: str) -> str:
+    """What is wrong with a header for every request; empty when nothing is."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        return "no header can have this name"
+    if name.lower() in OWN_HEADERS:
+        return "this header is set for each request: remove it"
+    if name.lower() in CREDENTIAL_HEADERS:
+        return "credentials belong into the section `sign`: move it there"
+    if not re.fullmatch(
+        r"[\x21-\x7e\x80-\xff]([\x20-\x7e\x80-\xff\t]*[\x21-\x7e\x80-\xff])?", value
+    ):
+        return "no header can have this value: use visible Latin-1 characters"
+    return ""
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether some name matches both patterns (`*`: any characters, `?` and `[abc]`: one)."""
+    first, second = (re.sub(r"\[!?\]?[^]]*\]", "?", each) for each in (first, second))
+    row = [True] + [False] * len(second)
+    for column, pattern in enumerate(second, 1):
+        row[column] = row[column - 1] and pattern == "*"
+    for a in first:
+        above, row = row, [row[0] and a == "*"]
+        for column, b in enumerate(second, 1):
+            if a == "*" or b == "*":
+                row.append(above[column] or row[column - 1])
+            else:
+                row.append(above[column - 1] and (a == b or "?" in (a, b)))
+    return row[-1]

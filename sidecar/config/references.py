@@ -1,0 +1,109 @@
+"""What a configuration refers to: secrets in the environment or in files, and other files.
+
+Handed to pydantic as the validation context, so that every field of type `Secret` resolves its
+reference wherever it stands, also in the settings of a filter nobody here knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+MIN_SECRET_CHARACTERS = 8
+MAX_SECRET_BYTES = 64 * 1024
+HOW_TO = "write env:NAME or file:PATH; a secret never stands in the file"
+
+
+class References:
+    """Resolves the references of one file, whose relative paths start at `directory`.
+
+    Every message is a fix and none ever holds a value.
+    """
+
+    def __init__(self, directory: Path, environ: Mapping[str, str]) -> None:
+        self.directory = directory
+        self._environ = environ
+        self._contents: dict[Path, str] = {}
+        self._files: set[Path] = set()
+
+    def at(self, directory: Path) -> References:
+        """The same for a file in another directory; both remember what either has read."""
+        other = References(directory, self._environ)
+        other._contents, other._files = self._contents, self._files
+        return other
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """All files that were asked for and are there."""
+        return frozenset(self._files)
+
+    def secret(self, reference: str) -> str:
+        """The value of `env:NAME` or `file:PATH`. Raises ValueError with the fix."""
+        scheme, _, name = reference.partition(":")
+        if scheme == "env":
+            value = self._from_environment(name)
+            source = f"the environment variable {name}"
+        elif scheme == "file" and name:
+            value = self._from_file(name)
+            source = f"the file {name}"
+        else:
+            raise ValueError(HOW_TO)
+        if not value:
+            raise ValueError(f"{source} is empty")
+        if value != value.strip():
+            raise ValueError(f"{source} has white space around the secret: remove it")
+        if any("\ud800" <= each <= "\udfff" for each in value):  # bytes that Python kept as such
+            raise ValueError(f"{source} is not UTF-8 text")
+        if len(value) < MIN_SECRET_CHARACTERS:
+            raise ValueError(f"{source} has less than {MIN_SECRET_CHARACTERS} characters")
+        return value
+
+    def file(self, path: str) -> str:
+        """`path` as an absolute path. Raises ValueError when no regular file is there."""
+        absolute = self._absolute(path)
+        try:
+            is_file = absolute.is_file()
+        except OSError as error:
+            raise ValueError(f"{absolute} cannot be read: {error.strerror}") from None
+        except ValueError:  # no possible path
+            is_file = False
+        if not is_file:
+            raise ValueError(f"there is no file {absolute}")
+        self._files.add(absolute)
+        return str(absolute)
+
+    def _absolute(self, path: str) -> Path:
+        return (self.directory / path).absolute()
+
+    def _from_environment(self, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(HOW_TO)
+        try:
+            return self._environ[name]
+        except KeyError:
+            raise ValueError(f"the environment variable {name} is not set") from None
+
+    def _from_file(self, name: str) -> str:
+        path = self._absolute(name)
+        if path not in self._contents:
+            self._contents[path] = self._read(path, name)
+        return self._contents[path]
+
+    def _read(self, path: Path, name: str) -> str:
+        self.file(name)  # a pipe or a device would block the start
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_SECRET_BYTES + 1)
+        except OSError as error:
+            raise ValueError(f"the file {name} cannot be read: {error.strerror}") from None
+        if len(content) > MAX_SECRET_BYTES:
+            raise ValueError(f"the file {name} is larger than 64 KiB")
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            pass
+        else:
+            return text.removesuffix("\n").removesuffix("\r")
+        # Outside `except`, whose error would carry the content.
+        raise ValueError(f"the file {name} is not UTF-8 text")

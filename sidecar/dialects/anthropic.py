@@ -1,0 +1,136 @@
+"""The Anthropic dialect: messages.
+
+Source: Anthropic API reference (Errors, Streaming messages); fields as of anthropic-python 2.12.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+
+from sidecar.call import ChatView, Usage
+from sidecar.dialects.endpoint import Endpoint
+from sidecar.dialects.openai import count, model_of
+from sidecar.errors import CallError, Rejected
+from sidecar.sse import Event, encode
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+
+
+class Anthropic:
+    """`base_url` ends where the SDK's does: before `/v1`."""
+
+    name = "anthropic"
+    endpoints = (
+        Endpoint("messages", "/v1/messages"),
+        Endpoint("count_tokens", "/v1/messages/count_tokens"),
+    )
+
+    def view(self, body: Mapping[str, Any]) -> ChatView:
+        messages = body.get("messages")
+        if not isinstance(messages, list):
+            raise Rejected(400, "invalid_request", "`messages` must be a list")
+        max_tokens = body.get("max_tokens")
+        return ChatView(
+            dialect=self.name,
+            model=model_of(body),
+            messages=tuple(item for item in messages if isinstance(item, dict)),
+            is_stream=body.get("stream") is True,
+            max_tokens=max_tokens if isinstance(max_tokens, int) else None,
+        )
+
+    def upstream_path(self, base_path: str, path: str) -> str:
+        return base_path + path
+
+    def error_body(self, error: CallError, call_id: str) -> bytes:
+        return orjson.dumps(_error_fields(error, call_id))
+
+    def error_event(self, error: CallError, call_id: str, endpoint: Endpoint) -> bytes:
+        return encode(orjson.dumps(_error_fields(error, call_id)), "error")
+
+    def usage(self, event: Event, before: Usage | None) -> Usage | None:
+        """`message_delta` is cumulative and may leave out what `message_start` said."""
+        if b'"usage"' not in event.raw or not _USAGE.search(event.raw):
+            return before
+        body = event.json()
+        if not isinstance(body, dict):
+            return before
+        usage = body.get("usage")
+        if usage is None and isinstance(body.get("message"), dict):
+            usage = body["message"].get("usage")
+        if not isinstance(usage, dict):
+            return before
+        old = before or Usage()
+        cached = _later(usage, "cache_read_input_tokens", old.cached)
+        cache_write = _later(usage, "cache_creation_input_tokens", old.cache_write)
+        plain = _later(usage, "input_tokens", old.input - old.cached - old.cache_write)
+        thinking = usage.get("output_tokens_details")
+        return Usage(
+            input=plain + cached + cache_write,
+            output=_later(usage, "output_tokens", old.output),
+            cached=cached,
+            cache_write=cache_write,
+            reasoning=count(thinking, "thinking_tokens") or old.reasoning,
+        )
+
+    def error_in(self, event: Event) -> tuple[str, str] | None:
+        if b'"error"' not in event.raw and event.name != b"error":
+            return None
+        body = event.json()
+        if not isinstance(body, dict) or body.get("type") != "error":
+            return None
+        error = body.get("error")
+        if not isinstance(error, dict):
+            return "error", ""
+        return str(error.get("type") or "error"), str(error.get("message", ""))
+
+    def models_body(self, names: Iterable[str]) -> bytes:
+        data = [_model_fields(name) for name in names]
+        ends = {
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+        }
+        return orjson.dumps({"data": data, "has_more": False, **ends})
+
+    def model_body(self, name: str) -> bytes:
+        return orjson.dumps(_model_fields(name))
+
+
+def _later(usage: dict[str, Any], name: str, before: int) -> int:
+    return before if usage.get(name) is None else count(usage, name)
+
+
+def _model_fields(name: str) -> dict[str, Any]:
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": "1970-01-01T00:00:00Z",
+    }
+
+
+def _error_fields(error: CallError, call_id: str) -> dict[str, Any]:
+    kind = ERROR_TYPES.get(error.status)
+    if kind is None:
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+    fields = {"type": kind, "message": error.message, "code": error.code}
+    return {"type": "error", "error": fields, "request_id": call_id}
+
+
+ANTHROPIC = Anthropic()

@@ -1,0 +1,137 @@
+"""The OpenAI dialect: chat completions, completions, embeddings, responses.
+
+Source: OpenAI API reference; error and usage fields as of openai-python 3.54.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+
+from sidecar.call import ChatView, Usage
+from sidecar.dialects.endpoint import Endpoint
+from sidecar.errors import CallError, Rejected
+from sidecar.sse import Event, encode
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+
+
+class OpenAI:
+    """`base_url` ends where the SDK's does: usually in `/v1`, which is also the default path."""
+
+    name = "openai"
+    endpoints = (
+        Endpoint("chat_completions", "/v1/chat/completions"),
+        Endpoint("completions", "/v1/completions"),
+        Endpoint("embeddings", "/v1/embeddings"),
+        Endpoint("responses", "/v1/responses"),
+    )
+
+    def view(self, body: Mapping[str, Any]) -> ChatView:
+        messages = body.get("messages")
+        if messages is None:
+            messages = body.get("input", body.get("prompt", ()))
+        if isinstance(messages, str):
+            messages = ({"role": "user", "content": messages},)
+        if not isinstance(messages, list | tuple):
+            raise Rejected(400, "invalid_request", "`messages` must be a list")
+        max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+        max_tokens = max_tokens or body.get("max_output_tokens")
+        return ChatView(
+            dialect=self.name,
+            model=model_of(body),
+            messages=tuple(item for item in messages if isinstance(item, dict)),
+            is_stream=body.get("stream") is True,
+            max_tokens=max_tokens if isinstance(max_tokens, int) else None,
+        )
+
+    def upstream_path(self, base_path: str, path: str) -> str:
+        return (base_path or "/v1") + path.removeprefix("/v1")
+
+    def error_body(self, error: CallError, call_id: str) -> bytes:
+        return orjson.dumps({"error": _error_fields(error)})
+
+    def error_event(self, error: CallError, call_id: str, endpoint: Endpoint) -> bytes:
+        fields = _error_fields(error)
+        if endpoint.name == "responses":
+            event = {"type": "error", **{**fields, "type": "error"}, "error": fields}
+            return encode(orjson.dumps(event), "error")
+        return encode(orjson.dumps({"error": fields}))
+
+    def usage(self, event: Event, before: Usage | None) -> Usage | None:
+        if b'"usage"' not in event.raw or not _USAGE.search(event.raw):
+            return before
+        body = event.json()
+        if not isinstance(body, dict):
+            return before
+        usage = body.get("usage")
+        if usage is None and isinstance(body.get("response"), dict):
+            usage = body["response"].get("usage")
+        if not isinstance(usage, dict):
+            return before
+        details_in = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+        details_out = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
+        return Usage(
+            input=count(usage, "prompt_tokens") or count(usage, "input_tokens"),
+            output=count(usage, "completion_tokens") or count(usage, "output_tokens"),
+            cached=count(details_in, "cached_tokens"),
+            cache_write=count(details_in, "cache_write_tokens"),
+            reasoning=count(details_out, "reasoning_tokens"),
+        )
+
+    def error_in(self, event: Event) -> tuple[str, str] | None:
+        if b'"error"' not in event.raw and event.name != b"error":
+            return None
+        body = event.json()
+        if not isinstance(body, dict):
+            return None
+        error = body.get("error")
+        if error is None and body.get("type") == "error":
+            error = body
+        if not error:
+            return None
+        if not isinstance(error, dict):
+            return "error", str(error)
+        return str(error.get("code") or error.get("type") or "error"), str(error.get("message", ""))
+
+    def models_body(self, names: Iterable[str]) -> bytes:
+        return orjson.dumps({"object": "list", "data": [_model_fields(name) for name in names]})
+
+    def model_body(self, name: str) -> bytes:
+        return orjson.dumps(_model_fields(name))
+
+
+def _model_fields(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sidecar"}
+
+
+def _error_fields(error: CallError) -> dict[str, Any]:
+    kind = ERROR_TYPES.get(error.status)
+    if kind is None:
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+    return {"message": error.message, "type": kind, "param": None, "code": error.code}
+
+
+def model_of(body: Mapping[str, Any]) -> str:
+    """The body's model; raises `Rejected` (400) when there is none."""
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise Rejected(400, "model_required", 'the request body must name a "model"')
+    return model
+
+
+def count(fields: Any, name: str) -> int:
+    """A token count from a `usage` object; 0 when it is missing or no number."""
+    value = fields.get(name) if isinstance(fields, dict) else None
+    return int(value) if isinstance(value, int | float) and value > 0 else 0
+
+
+OPENAI = OpenAI()

@@ -1,0 +1,103 @@
+"""The filter contract: two bases, their configuration, and the kit they are built with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from sidecar.call import Attempt, Call, Key
+from sidecar.clock import Clock
+from sidecar.metrics import Metrics
+from sidecar.reply import Reply
+from sidecar.resources import Resources
+from sidecar.tasks import Tasks
+
+T = TypeVar("T")
+
+CallNext = Callable[[Call], Awaitable[Reply]]
+AttemptNext = Callable[[Attempt], Awaitable[Reply]]
+
+
+class FilterConfig(BaseModel):
+    """Base of every filter's `Config`: strict, frozen, unknown keys refused. Units in the names."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What the core hands a filter when it is built."""
+
+    clock: Clock
+    metrics: Metrics
+    tasks: Tasks
+    log: logging.Logger
+    access_log: Callable[[Mapping[str, Any]], None]
+    """Writes one JSON line off the event loop; never blocks, drops and counts when it cannot keep up."""
+    team: str
+    upstreams: Mapping[str, Any]
+    """This filter's own section of each upstream (`UpstreamConfig` instances), by upstream name."""
+    _resources: Resources
+    _generation: int
+
+    def resource(self, key: Hashable, make: Callable[[], T]) -> T:
+        """State that survives reloads: the object under `key`, made by whoever asks first."""
+        return self._resources.get(key, make, user=self._generation)
+
+
+class Filter:
+    """What both kinds of filters share. `__init__` is pure; I/O belongs in `start`."""
+
+    class Config(FilterConfig):
+        """No settings."""
+
+    UpstreamConfig: ClassVar[type[FilterConfig] | None] = None
+    """Settings that this filter reads from each upstream, under its own name."""
+
+    gives: ClassVar[frozenset[Key[Any]]] = frozenset()
+    """Facts that it puts on the call or attempt before `call_next`."""
+    needs: ClassVar[frozenset[Key[Any]]] = frozenset()
+    """Facts that a filter before it, or the core, must have given; checked at load."""
+    taps_events: ClassVar[bool] = False
+    """It looks at events, so upstreams are asked for an uncompressed body."""
+    must_be_last: ClassVar[bool] = False
+    """Nothing may stand behind it in its chain; checked at load."""
+
+    def __init__(self, config: Any, kit: Kit) -> None:
+        self.config = config
+        self.kit = kit
+
+    async def start(self) -> None:
+        """Open what the filter needs. An error keeps the configuration from going live."""
+
+    async def stop(self) -> None:
+        """Close it. Called once for every `start`, also after a failed one; idempotent."""
+
+
+class CallFilter(Filter):
+    """Runs once for each client call."""
+
+    sees_refused: ClassVar[bool] = False
+    """Also runs for calls that the edge refuses (unknown key or model, malformed body), whose
+    `call_next` raises. For observers: ids, logs, metrics."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        """Answer the call, refuse it (`raise Rejected`), or pass it on (`await call_next(call)`).
+
+        `call_next` returns once the upstream's head and first body byte are here. Before that a
+        failure is an exception and another try is safe to consider; afterwards nobody retries.
+        Replies that are not returned must be discarded. Register debts before `call_next`.
+        """
+        raise NotImplementedError
+
+
+class AttemptFilter(Filter):
+    """Runs once for each try, knows the upstream, and has its own copy of the head."""
+
+    async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+        """As `CallFilter.handle`, for one attempt; `attempt.headers` and `.path` may be changed."""
+        raise NotImplementedError

@@ -1,0 +1,447 @@
+"""One HTTP/1.1 connection to an upstream, one exchange at a time.
+
+Source: RFC 9112 (framing, persistence), RFC 9110 (methods, status, trailers). llhttp parses
+strictly; what it leaves open (size of the head, end by close, bytes nobody asked for) is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import Protocol
+
+import httptools
+from multidict import CIMultiDict
+
+from sidecar.call import Timeouts, Upload
+from sidecar.errors import CallError, Phase, Retry, UpstreamError
+from sidecar.reply import Body, Reply
+
+MAX_HEAD_BYTES = 128 * 1024
+READ_BYTES = 64 * 1024
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Fields of one connection, never passed on (RFC 9110, 7.6.1)."""
+
+# All connections of a process read into one buffer: the loop fills it and calls `buffer_updated`
+# before it reads from any other socket, and by then llhttp has copied out what we keep. It bounds
+# what one read can bring, and an idle stream owns no buffer.
+_READ_BUFFER = memoryview(bytearray(READ_BYTES))
+
+
+class Owner(Protocol):
+    """Who keeps the connection: its pool."""
+
+    def released(self, connection: Connection) -> None:
+        """The exchange is over and the connection may serve another."""
+        ...
+
+    def closed(self, connection: Connection) -> None:
+        """The connection is gone."""
+        ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A connection and the exchange that runs on it. It is the `Source` of its reply's body."""
+
+    __slots__ = (
+        "__weakref__",
+        "_body",
+        "_cause",
+        "_head_bytes",
+        "_headers",
+        "_is_done",
+        "_is_head_request",
+        "_is_poisoned",
+        "_is_reusable",
+        "_is_reused",
+        "_is_until_close",
+        "_last_read",
+        "_loop",
+        "_owner",
+        "_parser",
+        "_paused",
+        "_pieces",
+        "_reply",
+        "_silence_s",
+        "_timer",
+        "_total_at",
+        "_upload",
+        "_waiter",
+        "_writable",
+        "idle_since",
+        "transport",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, owner: Owner) -> None:
+        self._loop = loop
+        self._owner = owner
+        self._parser = httptools.HttpResponseParser(self)
+        self.transport: asyncio.Transport | None = None
+        self.idle_since = 0.0
+        self._is_reused = False
+        self._is_poisoned = False  # the far side sent what nobody asked for
+        self._cause: Exception | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[Reply] | None = None
+        self._upload: asyncio.Task[None] | None = None
+        self._pieces: list[bytes] = []
+        self._headers: list[tuple[str, str]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._body: Body | None = None
+        self._reply: Reply | None = None
+        self._head_bytes = 0
+        self._is_done = False
+        self._is_reusable = False
+        self._is_until_close = False
+        self._is_head_request = False
+        self._paused = False
+        self._last_read = 0.0
+        self._silence_s = 0.0
+        self._total_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing()
+
+    # The exchange
+
+    async def exchange(
+        self,
+        method: str,
+        head: bytes,
+        body: bytes,
+        upload: Upload | None,
+        timeouts: Timeouts,
+        total_at: float,
+    ) -> Reply:
+        """Send one request and return its reply once the first byte of the body is here.
+
+        Raises `UpstreamError`; `Unsent` when the connection turned out to be closed before
+        anything was written. Cancelled, it closes the connection.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            raise Unsent
+        loop = self._loop
+        self._is_head_request = method == "HEAD"
+        self._silence_s = timeouts.silence_s
+        self._total_at = total_at
+        waiter = self._waiter = loop.create_future()
+        if upload is None:
+            transport.write(head + body if body else head)
+            self._arm(timeouts.first_byte_s)
+        else:
+            transport.write(head)
+            self._arm(timeouts.first_byte_s)
+            self._upload = loop.create_task(self._send_upload(upload, timeouts.first_byte_s))
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            # The answer may have come in the same turn, and the connection be another's by now.
+            if self._waiter is waiter:
+                self.abort()
+            elif not waiter.cancelled() and waiter.exception() is None:
+                waiter.result().discard()
+            raise
+
+    async def _send_upload(self, upload: Upload, first_byte_s: float) -> None:
+        """Stream a request body, chunked; an early answer or a failure ends it."""
+        try:
+            while data := await upload.readany():
+                transport = self.transport
+                if transport is None or transport.is_closing():
+                    return
+                transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+                if self._writable is not None:
+                    await self._writable
+                self._arm(first_byte_s)  # counts from the last byte written
+            if self.transport is not None:
+                self.transport.write(b"0\r\n\r\n")
+        except CallError as error:  # the client's body is too large, or broke off
+            self._fail_exchange(error)
+        except Exception as error:
+            self._fail_exchange(
+                CallError(400, "request_body_broken", "the request body broke off"), error
+            )
+
+    def _fail_exchange(self, error: CallError, cause: Exception | None = None) -> None:
+        """Give the running exchange up; whoever waits for it gets `error`."""
+        error.__cause__ = cause
+        waiter, body = self._waiter, self._body
+        self.abort()
+        if waiter is not None:
+            if not waiter.done():
+                waiter.set_exception(error)
+        elif body is not None:
+            body.fail(error)
+
+    # Source of the body
+
+    def pause(self) -> None:
+        if not self._paused and not self._is_done and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._last_read = self._loop.time()  # silence while we did not listen does not count
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once; nothing more is fed and nobody is told but the owner."""
+        self._waiter = None
+        self._body = None
+        self._reply = None
+        self._is_done = True
+        self._is_poisoned = True
+        self._disarm()
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    # Time
+
+    def _arm(self, delay_s: float) -> None:
+        self._disarm()
+        delay_s = min(delay_s, self._total_at - self._loop.time())
+        self._timer = self._loop.call_later(max(delay_s, 0.0), self._on_time)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_time(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        if now >= self._total_at - 0.001:
+            phase = Phase.SEND if self._reply is None else Phase.BODY
+            self._fail_exchange(_timeout(phase, "the upstream took too long in total"))
+        elif self._waiter is not None:
+            phase = Phase.SEND if self._reply is None else Phase.HEAD
+            self._fail_exchange(_timeout(phase, "the upstream did not answer in time"))
+        elif self._paused:
+            self._arm(self._silence_s)
+        else:
+            left = self._last_read + self._silence_s - now
+            if left <= 0.001:
+                self._fail_exchange(_timeout(Phase.BODY, "the upstream fell silent"))
+            else:
+                self._arm(left)
+
+    # asyncio's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _READ_BUFFER
+
+    def buffer_updated(self, count: int) -> None:
+        if self._is_poisoned:
+            return
+        self._last_read = self._loop.time()
+        if self._reply is None:
+            self._head_bytes += count
+        try:
+            self._parser.feed_data(_READ_BUFFER[:count])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._is_done:  # after a HEAD answer the parser may stumble; we are done then
+                self._flush()
+                self._broken(error)
+                return
+        if self._reply is None and self._head_bytes > MAX_HEAD_BYTES:
+            self._broken(None)
+            return
+        self._flush()
+        if self._is_done:
+            self._complete()
+
+    def _flush(self) -> None:
+        """Hand over what this read brought, as one piece."""
+        pieces = self._pieces
+        if not pieces:
+            return
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        body = self._body
+        if body is not None:
+            if self._waiter is not None:
+                self._answer()
+                if not self._is_done:
+                    self._arm(self._silence_s)
+            body.feed(data)
+
+    def _answer(self) -> None:
+        """Hand the reply to whoever waits for it."""
+        waiter, self._waiter = self._waiter, None
+        reply = self._reply
+        if waiter is not None and not waiter.done() and reply is not None:
+            reply.first_byte_at = monotonic()  # uvloop's own clock counts whole milliseconds
+            waiter.set_result(reply)
+
+    def _complete(self) -> None:
+        """The message is over: free the connection, then tell the body."""
+        if self._waiter is not None:
+            self._answer()
+        body = self._body
+        self._disarm()
+        upload, self._upload = self._upload, None
+        if upload is not None and not upload.done():
+            upload.cancel()  # answered before our body was all sent: the rest is of no use
+            self._is_reusable = False
+        reusable = self._is_reusable and not self._is_poisoned and self.is_open
+        if self._paused:
+            self._paused = False
+            if reusable and self.transport is not None:
+                self.transport.resume_reading()
+        self._reset()
+        if reusable:
+            self._is_reused = True
+            self._owner.released(self)
+        else:
+            self._is_poisoned = True
+            if self.transport is not None:
+                self.transport.abort()
+        if body is not None:
+            body.finish()
+
+    def _broken(self, error: Exception | None) -> None:
+        phase = Phase.HEAD if self._reply is None else Phase.BODY
+        retry = Retry.SAME if self._reply is None else Retry.NO
+        message = "the upstream's answer is not valid HTTP/1.1"
+        self._fail_exchange(
+            UpstreamError(phase, retry, "upstream_protocol_error", message), error
+        )
+
+    def eof_received(self) -> bool:
+        return False  # close our side too; connection_lost tells the rest
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        if self._body is not None and self._is_until_close and exc is None:
+            self._is_done = True
+            self._complete()
+        elif not self._is_poisoned and (self._waiter is not None or self._body is not None):
+            self._fail_exchange(self._lost(), exc)
+        self._is_poisoned = True
+        self._disarm()
+        del self._parser  # it refers back to us: a cycle
+        self._owner.closed(self)
+
+    def _lost(self) -> UpstreamError:
+        if self._reply is not None:
+            message = "the upstream broke the answer off"
+            return UpstreamError(Phase.BODY, Retry.NO, "upstream_closed", message)
+        if self._head_bytes:
+            message = "the upstream closed the connection inside the head of its answer"
+            return UpstreamError(Phase.HEAD, Retry.SAME, "upstream_closed", message)
+        message = "the upstream closed the connection without an answer"
+        return NoAnswer(Phase.SEND, Retry.SAME, "upstream_closed", message)
+
+    def pause_writing(self) -> None:
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None and not writable.done():
+            writable.set_result(None)
+
+    # llhttp's callbacks
+
+    def on_message_begin(self) -> None:
+        if self._waiter is None or self._reply is not None:
+            self._is_poisoned = True  # an answer nobody asked for
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_done:
+            return
+        field = (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+        if self._reply is not None:
+            if self._body is not None and len(self._body.trailers) < 64:
+                self._body.trailers.append(field)
+        else:
+            self._headers.append(field)
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        fields = self._headers
+        self._headers = []
+        if status < 200:
+            if status == 101:
+                raise ValueError("101 Switching Protocols, though no upgrade was asked for")
+            self._head_bytes = 0
+            return
+        if self._is_poisoned:
+            return
+        headers = CIMultiDict(fields)
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        encoding = headers.get("content-encoding", "").strip().lower()
+        length = headers.get("content-length")
+        has_body = not (self._is_head_request or status in (204, 304))
+        self._is_until_close = (
+            has_body and length is None and "transfer-encoding" not in headers
+        )
+        for connection in headers.getall("connection", ()):
+            for name in connection.split(","):
+                headers.popall(name.strip(), None)
+        for name in HOP_BY_HOP:
+            headers.popall(name, None)
+        body = Body(
+            self,
+            media_type=media_type,
+            encoding=encoding,
+            length=int(length) if length is not None and has_body else None,
+        )
+        self._body = body
+        self._reply = Reply(status, headers, body)
+        if self._is_head_request:
+            # llhttp would wait for the body that Content-Length speaks of.
+            self._is_reusable = self._parser.should_keep_alive()
+            self._is_done = True
+            self._parser = httptools.HttpResponseParser(self)
+
+    def on_body(self, data: bytes) -> None:
+        if not self._is_done:
+            self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._reply is None or self._is_done:  # 1xx, or bytes nobody asked for
+            return
+        self._is_done = True
+        self._is_reusable = self._parser.should_keep_alive()
+
+
+class Unsent(Exception):
+    """The connection was closed before anything was written: nothing was sent."""
+
+
+class NoAnswer(UpstreamError):
+    """The connection closed after the request and before any byte of an answer."""
+
+
+def _timeout(phase: Phase, message: str) -> UpstreamError:
+    retry = Retry.NO if phase is Phase.BODY else Retry.SAME
+    return UpstreamError(phase, retry, "upstream_timeout", message, status=504)

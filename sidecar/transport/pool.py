@@ -1,0 +1,185 @@
+"""Connections to one upstream, kept for the next call.
+
+The one used last is used first (LIFO), so that under falling load the others grow old and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from sidecar.errors import Phase, Retry, UpstreamError
+from sidecar.transport.connection import Connection
+
+DOUBT_AFTER_S = 1.0
+"""An idle connection older than this is asked whether the far side has closed it."""
+
+
+class Pool:
+    """At most `max_connections` open; a caller that finds none free waits for one, in order."""
+
+    def __init__(
+        self,
+        connect: Callable[[Pool], Awaitable[Connection]],
+        *,
+        max_connections: int,
+        idle_s: float,
+    ) -> None:
+        self._connect = connect
+        self._max = max_connections
+        self._idle_s = idle_s
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
+        self._connecting = 0
+        self._waiters: deque[asyncio.Future[Connection | None]] = deque()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    @property
+    def in_use(self) -> int:
+        return len(self._open) - len(self._idle)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Pool open={len(self._open)} idle={len(self._idle)} connecting={self._connecting} "
+            f"waiting={len(self._waiters)}>"
+        )
+
+    async def acquire(self, timeout_s: float, *, fresh: bool = False) -> tuple[Connection, bool]:
+        """A connection, and whether it has served before. Raises `UpstreamError`.
+
+        `fresh`: open a new one, since an idle one may be closed without our knowing.
+        """
+        if not fresh and (connection := self._take_idle()) is not None:
+            return connection, True
+        phase = Phase.CONNECT
+        try:
+            async with asyncio.timeout(timeout_s):
+                while len(self._open) + self._connecting >= self._max:
+                    if self._idle:  # only when a fresh one is wanted: an idle one makes room
+                        self._drop(self._idle.pop(0))
+                        continue
+                    phase = Phase.POOL
+                    connection = await self._wait()
+                    if connection is not None and connection.is_open:
+                        return connection, True
+                phase = Phase.CONNECT
+                return await self._open_one(), False
+        except TimeoutError as error:
+            code = "upstream_pool_timeout" if phase is Phase.POOL else "upstream_connect_timeout"
+            message = (
+                "no connection to the upstream became free in time"
+                if phase is Phase.POOL
+                else "the upstream did not accept a connection in time"
+            )
+            retry = Retry.ELSEWHERE if phase is Phase.POOL else Retry.SAME
+            raise UpstreamError(phase, retry, code, message, status=504) from error
+
+    def _take_idle(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and not self._is_stale(connection):
+                return connection
+            self._drop(connection)
+        return None
+
+    def _drop(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        connection.abort()
+
+    def _is_stale(self, connection: Connection) -> bool:
+        """Whether the socket is readable though nothing is due: the far side closed it."""
+        now = asyncio.get_running_loop().time()
+        transport = connection.transport
+        if now - connection.idle_since < DOUBT_AFTER_S or transport is None:
+            return False
+        sock = transport.get_extra_info("socket")
+        if sock is None:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    async def _wait(self) -> Connection | None:
+        """Wait for a connection, or (None) for room to open one."""
+        waiter: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                connection = waiter.result()
+                if connection is not None and connection.is_open:
+                    self.released(connection)
+                else:
+                    self._wake_one(None)
+            else:
+                self._waiters.remove(waiter)
+            raise
+
+    async def _open_one(self) -> Connection:
+        self._connecting += 1
+        connection = None
+        try:
+            connection = await self._connect(self)
+            self._open.add(connection)
+        finally:
+            self._connecting -= 1
+            if connection is None:
+                self._wake_one(None)
+        if not connection.is_open:
+            self._open.discard(connection)
+        return connection
+
+    def _wake_one(self, connection: Connection | None) -> bool:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(connection)
+                return True
+        return False
+
+    # Owner of the connections
+
+    def released(self, connection: Connection) -> None:
+        if self._is_closed:
+            connection.abort()
+            return
+        if self._waiters and self._wake_one(connection):
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._idle.append(connection)
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(self._idle_s, self._sweep)
+
+    def closed(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._wake_one(None)
+
+    def _sweep(self) -> None:
+        """Close what was idle for too long; runs only while something is idle."""
+        self._sweeper = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        old = [each for each in self._idle if now - each.idle_since >= self._idle_s - 0.001]
+        for connection in old:
+            self._idle.remove(connection)
+            self._drop(connection)
+        if self._idle:
+            oldest = min(each.idle_since for each in self._idle)
+            self._sweeper = loop.call_later(oldest + self._idle_s - now, self._sweep)
+
+    def close(self) -> None:
+        """Close idle connections now and the others when their exchange is over."""
+        self._is_closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
