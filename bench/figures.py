@@ -62,6 +62,7 @@ class Plan:
     scale_calls: int = 3000
     scale_rounds: int = 3
     scale_count: int = 1000
+    repeat_s: float = 60.0  # for rounds that other work of the machine disturbed
 
 
 QUICK = Plan(
@@ -83,6 +84,7 @@ QUICK = Plan(
     body_rounds=1,
     scale_calls=1000,
     scale_rounds=1,
+    repeat_s=10.0,
 )
 
 
@@ -91,10 +93,10 @@ class Results:
     """Numbers by (proxy, figure), remarks in order, and what a whole run shares."""
 
     folder: Path
+    repeat_s: float  # what is left to take disturbed rounds again
     values: dict[tuple[str, str], float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    repeat_s: float = 60.0  # what is left to take disturbed rounds again
-    disturbed: dict[str, int] = field(default_factory=dict)  # rounds that count all the same
+    disturbed: list[str] = field(default_factory=list)  # figures that have no calm round
     _numbers: "count[int]" = field(default_factory=count)
 
     def put(self, proxy: str, figure: str, value: float) -> None:
@@ -120,17 +122,30 @@ def tell(text: str) -> None:
 Round = tuple[dict[str, float], str]  # what one round of one lane found, and how to say it
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A round that was measured."""
+
+    waited: float  # share of its time that the proxy or this process was kept from its core
+    values: dict[str, float]
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.waited > DISTURBED_SHARE
+
+
 class Rounds:
     """Runs interleaved rounds and puts the medians into the results.
 
-    A round in which other work of the machine kept the proxy or this process from its core is
-    taken again, twice at most and while the run has time for it; then it counts, with a remark.
+    A round in which other work of the machine had the core is taken again, twice at most and while
+    the run has time for it, and the calmest counts. Disturbed rounds count only where a lane has no
+    other, with a remark.
     """
 
     def __init__(self, name: str, results: Results) -> None:
         self._name = name
         self._results = results
-        self._seen: dict[tuple[str, str], list[float]] = {}
+        self._taken: dict[str, list[Taken]] = {}
         self._failed: set[str] = set()
 
     async def run(
@@ -146,13 +161,19 @@ class Rounds:
             for lane in [*direct, *others[shift:], *others[:shift]]:
                 if lane.name not in self._failed:
                     await self._round(lane, f"{number + 1}/{rounds}", once)
-        for (proxy, figure), values in self._seen.items():
-            self._results.put(proxy, figure, statistics.median(values))
+        for name, taken in self._taken.items():
+            calm = [one for one in taken if not one.is_disturbed]
+            if not calm:
+                self._results.disturbed.append(f"{self._name} of {name}")
+            for figure in taken[0].values:
+                values = [one.values[figure] for one in calm or taken]
+                self._results.put(name, figure, statistics.median(values))
 
     async def _round(
         self, lane: Lane, label: str, once: Callable[[Lane], Awaitable[Round]]
     ) -> None:
-        for repeats_left in range(MAX_REPEATS, -1, -1):
+        tries: list[Taken] = []
+        while True:
             gc.collect()
             waited_before, began = _waited_s(lane), perf_counter()
             try:
@@ -162,19 +183,17 @@ class Rounds:
                 self._results.note(f"{self._name}, {lane.proxy.title}: {error}")
                 return
             wall_s = perf_counter() - began
-            waited = (_waited_s(lane) - waited_before) / wall_s
-            is_disturbed = waited > DISTURBED_SHARE
-            is_repeated = is_disturbed and repeats_left > 0 and self._results.repeat_s > wall_s
-            mark = f"  (waited {waited:.1%} for the core)" if is_disturbed else ""
+            taken = Taken((_waited_s(lane) - waited_before) / wall_s, values)
+            tries.append(taken)
+            mark = f"  (waited {taken.waited:.0%} for the core)" if taken.is_disturbed else ""
             tell(f"  {self._name} {label}  {lane.name:16} {told}{mark}")
-            if not is_repeated:
+            if not taken.is_disturbed or len(tries) > MAX_REPEATS:
+                break
+            if self._results.repeat_s < wall_s:
                 break
             self._results.repeat_s -= wall_s
-        if is_disturbed:
-            disturbed = self._results.disturbed
-            disturbed[self._name] = disturbed.get(self._name, 0) + 1
-        for figure, value in values.items():
-            self._seen.setdefault((lane.name, figure), []).append(value)
+        calmest = min(tries, key=lambda one: one.waited)
+        self._taken.setdefault(lane.name, []).append(calmest)
 
 
 def _waited_s(lane: Lane) -> float:

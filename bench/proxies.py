@@ -435,5 +435,7 @@ def _open_files_limit() -> int:
 
 
 def _last_line(text: str) -> str:
+    """What a program said last, short enough for a remark; of a traceback that is its end."""
     lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "it said nothing"
+    line = lines[-1].strip().replace(f"{ROOT}/", "") if lines else "it said nothing"
+    return line if len(line) <= 200 else "…" + line[-200:]

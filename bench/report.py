@@ -112,10 +112,9 @@ def page(
             parts.append(f"{title}\n\n{table}")
     remarks = list(results.notes)
     if results.disturbed:
-        counts = ", ".join(f"{name} {number}" for name, number in results.disturbed.items())
         remarks.append(
-            f"rounds that count although other work of the machine had the core for more than "
-            f"{DISTURBED_SHARE:.0%} of their time: {counts}"
+            "measured while other work of the machine had the core for more than "
+            f"{DISTURBED_SHARE:.0%} of the time, so less sure: {', '.join(results.disturbed)}"
         )
     if remarks:
         parts.append("## Remarks\n\n" + "\n".join(f"- {remark}" for remark in remarks))

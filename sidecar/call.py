@@ -103,36 +103,43 @@ class Scope:
 
     def __init__(self) -> None:
         self.end: End | None = None
-        self._facts: dict[Key[Any], Any] = {}
-        self._on_end: list[Callable[[End], None]] = []
-        self._on_settle: list[Callable[[End], Awaitable[None]]] = []
+        # Made when somebody needs them: two scopes a call, and most of these stay empty.
+        self._facts: dict[Key[Any], Any] | None = None
+        self._on_end: list[Callable[[End], None]] | None = None
+        self._on_settle: list[Callable[[End], Awaitable[None]]] | None = None
 
     # Facts
 
     def __getitem__(self, key: Key[T]) -> T:
+        if self._facts is None:
+            raise KeyError(key)
         return self._facts[key]  # type: ignore[no-any-return]
 
     def __setitem__(self, key: Key[T], value: T) -> None:
+        if self._facts is None:
+            self._facts = {}
         self._facts[key] = value
 
     def __contains__(self, key: Key[Any]) -> bool:
-        return key in self._facts
+        return self._facts is not None and key in self._facts
 
     @overload
     def get(self, key: Key[T]) -> T | None: ...
     @overload
     def get(self, key: Key[T], default: D) -> T | D: ...
     def get(self, key: Key[Any], default: Any = None) -> Any:
-        return self._facts.get(key, default)
+        return default if self._facts is None else self._facts.get(key, default)
 
     # Debts
 
     def on_end(self, debt: Callable[[End], None]) -> None:
         """Owe `debt`: sync and short, run at once at the end, newest first."""
-        if self.end is None:
-            self._on_end.append(debt)
-        else:
+        if self.end is not None:
             _pay(debt, self.end)
+        elif self._on_end is None:
+            self._on_end = [debt]
+        else:
+            self._on_end.append(debt)
 
     def on_settle(self, debt: Callable[[End], Awaitable[None]]) -> None:
         """Owe `debt` that needs I/O: run after the end, in a tracked task with a time limit.
@@ -142,6 +149,8 @@ class Scope:
         """
         if self.end is not None:
             raise RuntimeError("on_settle after the end: register debts before call_next")
+        if self._on_settle is None:
+            self._on_settle = []
         self._on_settle.append(debt)
 
     def finish(self, end: End, tasks: Tasks) -> None:
@@ -150,10 +159,11 @@ class Scope:
             return
         self.end = end
         debts = self._on_end
-        while debts:
-            _pay(debts.pop(), end)
-        if self._on_settle:
-            settles, self._on_settle = self._on_settle, []
+        if debts is not None:
+            while debts:
+                _pay(debts.pop(), end)
+        if self._on_settle is not None:
+            settles, self._on_settle = self._on_settle, None
             tasks.start(_settle(settles, end), name="settle")
 
 
@@ -272,7 +282,8 @@ class Call(Scope):
         received_at: float,
         peer: str = "",
     ) -> None:
-        super().__init__()
+        self.end = None
+        self._facts = self._on_end = self._on_settle = None
         self.id = call_id
         self.method = method
         self.path = path
@@ -289,8 +300,8 @@ class Call(Scope):
         self.targets: tuple[Target, ...] = ()
         self.target: Target | None = None  # where the next attempt goes; None: the first of targets
         self.timeouts: Timeouts | None = None  # set by a filter to override the upstream's
-        self.upstream_headers: dict[str, str] = {}  # added to the head of every attempt
-        self.reply_headers: dict[str, str] = {}  # added to the head of the answer, errors included
+        self.upstream_headers: dict[str, str] | None = None  # added to the head of every attempt
+        self.reply_headers: dict[str, str] | None = None  # added to the answer's, errors included
         self.attempts: int = 0
         self.refusal: CallError | None = None
         self.received_at = received_at
@@ -302,6 +313,18 @@ class Call(Scope):
         self.cancelled_as: Outcome | None = None  # why our task was cancelled, if it was
         self.is_body_changed = False
         self._json: Any = None
+
+    def add_upstream_header(self, name: str, value: str) -> None:
+        """Send this header with every attempt."""
+        if self.upstream_headers is None:
+            self.upstream_headers = {}
+        self.upstream_headers[name] = value
+
+    def add_reply_header(self, name: str, value: str) -> None:
+        """Send this header with the answer, whatever it is."""
+        if self.reply_headers is None:
+            self.reply_headers = {}
+        self.reply_headers[name] = value
 
     @property
     def json(self) -> dict[str, Any]:
@@ -414,7 +437,8 @@ class Attempt(Scope):
         timeouts: Timeouts,
         started_at: float,
     ) -> None:
-        super().__init__()
+        self.end = None
+        self._facts = self._on_end = self._on_settle = None
         self.call = call
         self.target = target
         self.upstream = target.upstream

@@ -10,13 +10,15 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from math import ceil
 from time import monotonic
 from typing import Any, Protocol
 
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler
 from multidict import CIMultiDict
 
@@ -27,7 +29,7 @@ from sidecar.dialects.endpoint import MODELS, OTHER, PASS_THROUGH
 from sidecar.errors import CallError, Rejected
 from sidecar.reply import Body, Reply
 from sidecar.tasks import Tasks
-from sidecar.team import Callers, Models
+from sidecar.team import Callers, Models, Policy
 from sidecar.transport.upstream import LiveUpstream
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ STATUS_LINES = {
     **{code: f"HTTP/1.1 {code} \r\n" for code in range(100, 1000)},
     **{status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus},
 }
+BODILESS = frozenset({204, 304})
+LINGER_S = 1.0
 NEVER_PATHS = ("/../", "/./", "%2e", "%2E", "\\", "//")
 
 
@@ -52,58 +56,84 @@ class Serving(Protocol):
     def release(self) -> None: ...
 
 
-class Incoming:
-    """A parsed request, as much of aiohttp's `BaseRequest` as its protocol uses."""
-
-    __slots__ = ("_task", "message", "payload", "protocol", "writer")
-
-    def __init__(self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> None:
-        self.message = message
-        self.payload = payload
-        self.protocol = protocol
-        self.writer = writer
-        self._task = task
-
-    def _finish(self) -> None:
-        pass
-
-    def _cancel(self, error: BaseException) -> None:
-        self.payload.set_exception(error)
-
-    @property
-    def remote(self) -> str | None:
-        return None
-
-
-class Written:
-    """What aiohttp's protocol is told: the answer is written already."""
-
-    __slots__ = ("keep_alive",)
-
-    def __init__(self, *, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-
-    async def prepare(self, request: Incoming) -> None:
-        return None
-
-    async def write_eof(self, chunk: bytes = b"") -> None:
-        return None
-
-
-KEEP = Written(keep_alive=True)
-CLOSE = Written(keep_alive=False)
-
-
 class EdgeProtocol(RequestHandler):
-    """A client's connection. Tells the running call when the client leaves, or reads too slowly."""
+    """A client's connection. Tells the running call when the client leaves, or reads too slowly.
 
-    __slots__ = ("call", "task", "writer")
+    Parsing, limits, pipelining and keep-alive are aiohttp's. `start` is ours: aiohttp's makes a
+    task, a writer and a response for each request, which costs more than the rest of a call
+    (docs/adr/0003-edge-on-aiohttp.md); ours runs all calls of a connection in its one task.
+    """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    __slots__ = ("_edge", "call", "writer")
+
+    def __init__(self, manager: EdgeServer, edge: Edge, **settings: Any) -> None:
+        super().__init__(manager, **settings)
+        self._edge = edge
         self.call: Call | None = None
-        self.task: asyncio.Task[Any] | None = None
         self.writer: ClientWriter | None = None
+
+    async def start(self) -> None:
+        loop = self._loop
+        handle = self._edge.handle
+        messages = self._messages
+        try:
+            while not self._force_close:
+                if not messages:
+                    waiter = self._waiter = loop.create_future()
+                    try:
+                        await waiter
+                    finally:
+                        self._waiter = None
+                message, payload = messages.popleft()
+                self._parser.message_consumed()  # type: ignore[union-attr]
+                if self._buffer_paused and len(messages) <= self._msg_queue_resume_size:
+                    self._resume_reading_if_drained()
+                if type(message) is not RawRequestMessage:
+                    self._refuse_malformed(message.exc)
+                    break
+                self._request_in_progress = True
+                may_continue = await handle(self, message, payload)
+                self._request_in_progress = False
+                if not payload.is_eof():
+                    await self._linger(payload)
+                    break
+                if not may_continue or self._close or self._force_close:
+                    break
+                if self._paused:  # the client reads slowly: it gets no further answer until it did
+                    await self._drain_helper()
+                self._next_keepalive_close_time = loop.time() + self._keepalive_timeout
+                if self._keepalive_handle is None:
+                    self._keepalive_handle = loop.call_at(
+                        self._next_keepalive_close_time, self._process_keepalive
+                    )
+        except ConnectionError:
+            pass  # the client left while its answer was still being written
+        finally:
+            self._request_in_progress = False
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _linger(self, payload: Any) -> None:
+        """Read on for a moment: a client that still sends would lose our answer to a reset."""
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while not payload.is_eof():
+                    await payload.readany()
+        except (TimeoutError, web.RequestPayloadError):
+            pass
+
+    def _refuse_malformed(self, reason: BaseException) -> None:
+        """Answer a request that could not be parsed."""
+        log.info("bad_request", extra={"reason": type(reason).__name__})
+        if isinstance(reason, LineTooLong):
+            error = Rejected(431, "head_too_large", "the request's head is too large")
+        else:
+            error = Rejected(400, "bad_request", "the request is not valid HTTP/1.1")
+        if self.transport is not None:
+            data = OPENAI.error_body(error, "")
+            headers = CIMultiDict({"content-type": "application/json"})
+            self.transport.write(reply_head(error.status, headers, len(data), closing=True) + data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         call, writer = self.call, self.writer
@@ -123,64 +153,56 @@ class EdgeProtocol(RequestHandler):
         if self.writer is not None:
             self.writer.body.resume()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp calls this twice for every body; there is something to do only after a pause.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.call is None
+
     def abort_call(self, error: CallError) -> None:
         """End the running call with `error`: an error event on a stream, a status otherwise."""
-        call, writer = self.call, self.writer
+        call, writer, task = self.call, self.writer, self._task_handler
         if call is None or call.cancelled_as is not None:
             return
         call.cancelled_as = Outcome.ABORTED
         call.refusal = error
         if writer is not None:
             writer.abort(error)
-        elif self.task is not None:
-            self.task.cancel()
+        elif task is not None:
+            task.cancel()
 
-    def handle_error(
-        self,
-        request: Any,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> Any:
-        """Answer a request that could not be parsed (called by aiohttp)."""
-        if status == 500:
-            log.error("edge_failed", exc_info=exc)
-            error = CallError(500, "internal_error", "the sidecar failed; its log says why")
-        elif isinstance(exc, LineTooLong):
-            error = Rejected(431, "head_too_large", "the request's head is too large")
-        else:
-            log.info("bad_request", extra={"reason": type(exc).__name__})
-            error = Rejected(400, "bad_request", "the request is not valid HTTP/1.1")
-        transport = self.transport
-        if transport is not None:
-            data = OPENAI.error_body(error, "")
-            headers = CIMultiDict({"content-type": "application/json"})
-            transport.write(reply_head(error.status, headers, len(data), closing=True) + data)
-        return CLOSE
+    @property
+    def running(self) -> asyncio.Task[None] | None:
+        """The task that ends when the connection has served its last call."""
+        return self._task_handler
 
 
 class EdgeServer(web.Server):
     """aiohttp's low-level server with our protocol."""
 
-    def __init__(self, handler: Callable[[Any], Awaitable[Any]], settings: HttpSettings) -> None:
+    def __init__(self, edge: Edge, settings: HttpSettings) -> None:
+        super().__init__(_no_handler, handler_cancellation=True)
         field = min(settings.max_head_bytes, 64 * 1024)
-        self._protocol_settings = {
+        self._edge = edge
+        self._settings = {
             "access_log": None,
             "auto_decompress": False,
             "keepalive_timeout": settings.keepalive_s,
-            "lingering_time": 1.0,
             "max_field_size": field,
             "max_line_size": field,
-            "tcp_keepalive": True,
+            "max_headers": 128,
         }
-        super().__init__(
-            handler,  # type: ignore[arg-type]
-            request_factory=Incoming,  # type: ignore[arg-type]
-            handler_cancellation=True,
-        )
 
     def __call__(self) -> RequestHandler:
-        return EdgeProtocol(self, loop=self._loop, **self._protocol_settings)
+        return EdgeProtocol(self, self._edge, loop=self._loop, **self._settings)
+
+
+async def _no_handler(request: Any) -> Any:
+    """`EdgeProtocol.start` calls the edge itself."""
+    raise NotImplementedError
 
 
 class Edge:
@@ -194,65 +216,82 @@ class Edge:
         self._id_prefix = f"call_{os.urandom(6).hex()}"
         self._id_count = itertools.count(1)
 
-    async def handle(self, incoming: Incoming) -> Written:
-        """Serve one request and return when its answer is written, or broken off."""
+    async def handle(self, protocol: EdgeProtocol, message: Any, payload: Any) -> bool:
+        """Serve one request; whether the connection may serve another.
+
+        Returns when the answer is handed over, or broken off. Cancelled when the client leaves.
+        """
         serving = self.serving
-        protocol = incoming.protocol
         serving.lease()
-        call, policy = self._begin(serving, incoming)
+        call, policy = self._begin(serving, message)
         protocol.call = call
-        protocol.task = asyncio.current_task()
-        keep_alive = not incoming.message.should_close and not self.is_closing
+        # After an upgrade we declined, aiohttp's parser waits for another protocol.
+        keep_alive = not (message.should_close or message.upgrade or self.is_closing)
         try:
-            error: CallError
-            try:
-                if call.refusal is None:
-                    await self._receive(serving, call, incoming)
-                if call.refusal is not None:
-                    reply = await policy.refuse(call)
-                elif serving.http.heartbeat_s and call.is_stream:
-                    reply = await self._run_with_heartbeat(serving, policy, call, protocol)
+            if call.refusal is None:
+                if payload.is_eof():
+                    self._take_body(serving, call, payload)
                 else:
-                    reply = await policy.run(call)
-            except asyncio.CancelledError:
-                if call.cancelled_as is not Outcome.ABORTED or protocol.transport is None:
-                    call.cancelled_as = call.cancelled_as or Outcome.CLIENT_GONE
-                    call.finish(End(call.cancelled_as), serving.tasks)
-                    raise
-                error = call.refusal or _shutting_down()
-                return self._answer_error(serving, call, protocol, error, End(Outcome.ABORTED))
-            except CallError as caught:
-                call_end = end_of(caught, call)
-                return self._answer_error(
-                    serving, call, protocol, caught, call_end, keep_alive, incoming
-                )
-            except Exception as caught:
-                log.exception("call_failed", extra={"call": call.id})
-                error = CallError(500, "internal_error", "the sidecar failed; its log says why")
-                return self._answer_error(
-                    serving, call, protocol, error, end_of(caught, call), keep_alive, incoming
-                )
-            return await self._answer(serving, call, protocol, reply, keep_alive, incoming)
+                    await self._receive(serving, call, payload, protocol)
+            if call.refusal is not None:
+                reply = await policy.refuse(call)
+            elif serving.http.heartbeat_s and call.is_stream:
+                reply = await self._run_with_heartbeat(serving, policy, call, protocol)
+            else:
+                reply = await policy.run(call)
+            if not payload.is_eof():
+                keep_alive = False  # not read to its end: what follows is not a request
+            writer = self._answer(serving, call, protocol, reply, keep_alive, message)
+            if writer is None:
+                return keep_alive
+            try:
+                await writer.done
+            finally:
+                protocol.writer = None
+            return keep_alive and not writer.must_close
+        except asyncio.CancelledError:
+            if call.cancelled_as is not Outcome.ABORTED or protocol.transport is None:
+                call.cancelled_as = call.cancelled_as or Outcome.CLIENT_GONE
+                call.finish(End(call.cancelled_as, call.status), serving.tasks)
+                raise
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()  # by `abort_call`; the connection ends after this answer
+            error = call.refusal or CallError(503, "shutting_down", "the sidecar is shutting down")
+            self._answer_error(serving, call, protocol, error, End(Outcome.ABORTED, error.status))
+            return False
+        except CallError as error:
+            keep_alive = keep_alive and payload.is_eof()
+            self._answer_error(serving, call, protocol, error, end_of(error, call), keep_alive)
+            return keep_alive
+        except Exception as error:
+            log.exception("call_failed", extra={"call": call.id})
+            failure = CallError(500, "internal_error", "the sidecar failed; its log says why")
+            self._answer_error(serving, call, protocol, failure, end_of(error, call))
+            return False
         finally:
             protocol.call = None
-            protocol.task = None
             serving.release()
 
     # Who and where
 
-    def _begin(self, serving: Serving, incoming: Incoming) -> tuple[Call, Any]:
+    def _begin(self, serving: Serving, message: Any) -> tuple[Call, Policy]:
         """The call and its policy. What is wrong with either stands in `call.refusal`."""
-        message = incoming.message
         headers = message.headers
         path, _, query = message.path.partition("?")
         refusal: CallError | None = None
-        policy = serving.callers.identify(_client_key(headers))
+        policy = serving.callers.identify(headers)
         if policy is None:
             policy = serving.callers.unknown
             refusal = Rejected(401, "invalid_api_key", "this API key is not known here")
-        if not path.startswith("/"):
+        if path[:1] != "/":
             path = _path_of_absolute(path)
-        dialect, endpoint, upstream = self._route(serving, path, headers)
+        upstream = None
+        known = ENDPOINTS.get(path)
+        if known is not None:
+            dialect, endpoint = known
+        else:
+            dialect, endpoint, upstream = self._route(serving, path, headers)
         call = Call(
             call_id=f"{self._id_prefix}{next(self._id_count):08x}",
             method=message.method,
@@ -272,9 +311,6 @@ class Edge:
     def _route(
         self, serving: Serving, path: str, headers: Any
     ) -> tuple[Dialect, Endpoint, LiveUpstream | None]:
-        known = ENDPOINTS.get(path)
-        if known is not None:
-            return known[0], known[1], None
         first = path[1:].partition("/")[0]
         upstream = serving.upstreams.get(first)
         if upstream is not None:
@@ -289,9 +325,11 @@ class Edge:
     ) -> CallError | None:
         """Why this request must not go on, judged by its head alone."""
         path, endpoint = call.path, call.endpoint
-        head_bytes = sum([len(name) + len(value) + 4 for name, value in message.raw_headers])
-        if head_bytes + len(message.path) > serving.http.max_head_bytes:
+        head_bytes = sum(map(len, call.headers.values())) + len(message.path)
+        if head_bytes > serving.http.max_head_bytes:
             return Rejected(431, "head_too_large", "the request's head is too large")
+        if call.method == "POST" and endpoint.path == path and not call.query:
+            return None  # nearly every call
         if call.method in ("CONNECT", "TRACE"):
             return Rejected(405, "method_not_allowed", f"{call.method} is not served here")
         if not (path.isascii() and path.isprintable() and call.query.isprintable()):
@@ -317,28 +355,41 @@ class Edge:
 
     # The request body
 
-    async def _receive(self, serving: Serving, call: Call, incoming: Incoming) -> None:
+    def _take_body(self, serving: Serving, call: Call, payload: Any) -> None:
+        """The body came with the head: it is all here."""
+        if payload is EMPTY_PAYLOAD:
+            body = b""
+        else:
+            pieces = payload._buffer  # nearly always one, and then not worth five calls
+            body = pieces[0] if len(pieces) == 1 else payload.read_nowait(-1)
+        call.body = body
+        call.bytes_in = len(body)
+        if call.bytes_in > serving.http.max_body_bytes:
+            call.refusal = _too_large(serving.http.max_body_bytes)
+        elif call.endpoint.has_model:
+            try:
+                self._find_targets(serving, call)
+            except Rejected as refusal:
+                call.refusal = refusal
+
+    async def _receive(
+        self, serving: Serving, call: Call, payload: Any, protocol: EdgeProtocol
+    ) -> None:
         """Read the body, or leave it to stream; find the model's targets."""
-        headers, payload, http = call.headers, incoming.payload, serving.http
+        headers, http = call.headers, serving.http
         if "expect" in headers:
             if headers["expect"].lower() != "100-continue":
                 call.refusal = Rejected(417, "expectation_failed", "only 100-continue is known")
                 return
-            if not payload.is_eof() and incoming.protocol.transport is not None:
-                incoming.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if protocol.transport is not None:
+                protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         is_json = "json" in headers.get("content-type", "")
-        if not call.endpoint.has_model and not is_json and not payload.is_eof():
+        if not call.endpoint.has_model and not is_json:
             call.body = None
             call.upload = BoundedUpload(payload, call, http)
             return
         try:
-            if payload.is_eof():
-                call.body = payload.read_nowait(-1)
-                call.bytes_in = len(call.body)
-                if call.bytes_in > http.max_body_bytes:
-                    raise _too_large(http.max_body_bytes)
-            else:
-                call.body = await self._read(call, payload, http)
+            call.body = await self._read(call, payload, http)
             if call.endpoint.has_model:
                 self._find_targets(serving, call)
         except Rejected as refusal:
@@ -371,86 +422,84 @@ class Edge:
 
     # The answer
 
-    async def _answer(
+    def _answer(
         self,
         serving: Serving,
         call: Call,
         protocol: EdgeProtocol,
         reply: Reply,
         keep_alive: bool,
-        incoming: Incoming,
-    ) -> Written:
-        """Write a reply and return when its last byte is handed over, or it broke off."""
-        body, headers = reply.body, reply.headers
-        call.status = reply.status
-        if call.reply_headers:
+        message: Any,
+    ) -> ClientWriter | None:
+        """Write a reply: the whole of it (None), or its beginning (who writes the rest)."""
+        body, headers, status = reply.body, reply.headers, reply.status
+        call.status = status
+        if call.reply_headers is not None:
             headers.update(call.reply_headers)
-        if not call.replied_at:
-            call.replied_at = monotonic()
+        call.replied_at = monotonic()
         transport = protocol.transport
         if transport is None:
             body.abort(Outcome.CLIENT_GONE)
-            call.finish(End(Outcome.CLIENT_GONE, reply.status), serving.tasks)
-            return CLOSE
-        if not incoming.payload.is_eof():
-            keep_alive = False  # the request was not read to its end: what follows is not a request
+            call.finish(End(Outcome.CLIENT_GONE, status), serving.tasks)
+            return None
         writer = protocol.writer  # there already, when heartbeats had to begin before the answer
-        is_silent = call.method == "HEAD" or reply.status in (204, 304)
-        if writer is None and (body.is_whole or is_silent):
-            length = headers.get("content-length") if is_silent else None
-            try:
-                data = body.take() if body.is_whole else b""
-            except Exception:
-                log.exception("map_failed", extra={"call": call.id})
-                error = CallError(500, "internal_error", "a filter failed on the answer")
-                end = End(Outcome.ABORTED, 500, error)
-                return self._answer_error(serving, call, protocol, error, end, keep_alive, incoming)
-            if is_silent:
-                body.discard()
-                data = b""
-            head = reply_head(
-                reply.status,
-                headers,
-                len(data) if length is None else int(length),
-                closing=not keep_alive,
-                is_old=incoming.message.version.minor == 0,
-                has_length=not is_silent or length is not None,
-            )
-            call.bytes_out = len(data)
-            transport.write(head + data)
-            call.finish(End(Outcome.COMPLETED, reply.status), serving.tasks)
-            if protocol.writing_paused:
-                await protocol._drain_helper()
-            return KEEP if keep_alive else CLOSE
-
         if writer is None:
-            is_old = incoming.message.version.minor == 0
+            is_old = message.version.minor == 0
+            if call.method == "HEAD" or status in BODILESS:
+                self._answer_bodiless(call, reply, transport, keep_alive, is_old)
+                call.finish(End(Outcome.COMPLETED, status), serving.tasks)
+                return None
+            if body.is_whole:
+                data = body.take()
+                call.bytes_out = len(data)
+                head = reply_head(
+                    status, headers, len(data), closing=not keep_alive, is_old=is_old
+                )
+                transport.write(head + data)
+                call.finish(End(Outcome.COMPLETED, status), serving.tasks)
+                return None
             is_chunked = body.length is None and not is_old
-            if body.length is None and is_old:
-                keep_alive = False
             if body.is_stream:
                 headers["x-accel-buffering"] = "no"
+            must_close = body.length is None and is_old
             head = reply_head(
-                reply.status,
+                status,
                 headers,
                 body.length,
-                closing=not keep_alive,
+                closing=must_close or not keep_alive,
                 is_old=is_old,
                 is_chunked=is_chunked,
             )
-            writer = ClientWriter(serving, self._loop, protocol, call, head, is_chunked=is_chunked)
+            writer = ClientWriter(serving, self._loop, transport, call, head, is_chunked=is_chunked)
+            writer.must_close = must_close
             protocol.writer = writer
-        try:
-            writer.begin(body, reply.status)
-            await writer.done
-        finally:
-            protocol.writer = None
-            writer.close()
-        if writer.is_broken:
-            return CLOSE
+        writer.begin(body, status)
         if protocol.writing_paused:
-            await protocol._drain_helper()
-        return KEEP if keep_alive and not writer.must_close else CLOSE
+            body.pause()
+        return writer
+
+    def _answer_bodiless(
+        self,
+        call: Call,
+        reply: Reply,
+        transport: asyncio.Transport,
+        keep_alive: bool,
+        is_old: bool,
+    ) -> None:
+        """An answer that has no body: to HEAD, 204, 304 (RFC 9112, 6.3)."""
+        announced = reply.headers.get("content-length")
+        if reply.body.is_whole:
+            reply.body.take()
+        else:
+            reply.body.discard()
+        head = reply_head(
+            reply.status,
+            reply.headers,
+            int(announced) if announced is not None and reply.status != 204 else None,
+            closing=not keep_alive,
+            is_old=is_old,
+        )
+        transport.write(head)
 
     def _answer_error(
         self,
@@ -460,38 +509,33 @@ class Edge:
         error: CallError,
         end: End,
         keep_alive: bool = False,
-        incoming: Incoming | None = None,
-    ) -> Written:
+    ) -> None:
         """Write an error in the client's dialect, once and whole."""
         call.status = error.status
-        if not call.replied_at:
-            call.replied_at = monotonic()
-        if incoming is None or not incoming.payload.is_eof():
-            keep_alive = False
-        transport = protocol.transport
-        writer = protocol.writer
+        call.replied_at = call.replied_at or monotonic()
+        transport, writer = protocol.transport, protocol.writer
         if writer is not None:  # heartbeats went out: the status is spoken for
             protocol.writer = None
             writer.fail(error, end)
-            return CLOSE
+            return
         if transport is not None:
             data = call.dialect.error_body(error, call.id)
             headers = CIMultiDict({"content-type": "application/json"})
             headers["x-sidecar-error"] = error.code
-            headers.update(call.reply_headers)
+            if call.reply_headers is not None:
+                headers.update(call.reply_headers)
             headers.update(error.headers)
             if error.retry_after_s is not None:
-                headers["retry-after"] = str(max(1, round(error.retry_after_s + 0.499)))
+                headers["retry-after"] = str(max(1, ceil(error.retry_after_s)))
             head = reply_head(error.status, headers, len(data), closing=not keep_alive)
             if call.method == "HEAD":
                 data = b""
             call.bytes_out = len(data)
             transport.write(head + data)
         call.finish(end, serving.tasks)
-        return KEEP if keep_alive else CLOSE
 
     async def _run_with_heartbeat(
-        self, serving: Serving, policy: Any, call: Call, protocol: EdgeProtocol
+        self, serving: Serving, policy: Policy, call: Call, protocol: EdgeProtocol
     ) -> Reply:
         """Run the chain; when it stays silent, begin the stream with heartbeats meanwhile."""
         running = asyncio.ensure_future(policy.run(call))
@@ -501,10 +545,11 @@ class Edge:
                 headers = CIMultiDict({"content-type": "text/event-stream"})
                 headers["cache-control"] = "no-cache"
                 headers["x-accel-buffering"] = "no"
-                headers.update(call.reply_headers)
+                if call.reply_headers is not None:
+                    headers.update(call.reply_headers)
                 head = reply_head(200, headers, None, closing=True, is_chunked=True)
                 protocol.writer = ClientWriter(
-                    serving, self._loop, protocol, call, head, is_chunked=True
+                    serving, self._loop, protocol.transport, call, head, is_chunked=True
                 )
                 protocol.writer.must_close = True
                 protocol.writer.begin_with_heartbeat()
@@ -533,7 +578,6 @@ class ClientWriter:
         "_transport",
         "body",
         "done",
-        "is_broken",
         "must_close",
     )
 
@@ -541,7 +585,7 @@ class ClientWriter:
         self,
         serving: Serving,
         loop: asyncio.AbstractEventLoop,
-        protocol: EdgeProtocol,
+        transport: asyncio.Transport,
         call: Call,
         head: bytes,
         *,
@@ -549,7 +593,7 @@ class ClientWriter:
     ) -> None:
         self._serving = serving
         self._loop = loop
-        self._transport: asyncio.Transport = protocol.transport  # type: ignore[assignment]
+        self._transport = transport
         self._call = call
         self._head: bytes | None = head
         self._is_chunked = is_chunked
@@ -561,7 +605,6 @@ class ClientWriter:
         self._seen_bytes = -1
         self.body = Body()
         self.done: asyncio.Future[None] = loop.create_future()
-        self.is_broken = False
         self.must_close = False
 
     def begin(self, body: Body, status: int) -> None:
@@ -579,8 +622,6 @@ class ClientWriter:
         if self._heartbeat_s and self._is_stream and self._is_chunked and self._heartbeat is None:
             self._heartbeat = self._loop.call_later(self._heartbeat_s, self._beat)
         body.attach(self)
-        if self._transport.get_write_buffer_size() > 64 * 1024:
-            body.pause()
 
     def begin_with_heartbeat(self) -> None:
         self._is_stream = True
@@ -612,7 +653,7 @@ class ClientWriter:
 
     def fail(self, error: CallError, end: End | None = None) -> None:
         """Tell the client that this is not the whole: an error event, and no clean end."""
-        self.is_broken = True
+        self.must_close = True
         if self._is_stream and self._is_chunked:
             event = self._call.dialect.error_event(error, self._call.id, self._call.endpoint)
             if self._tail and not self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")):
@@ -630,7 +671,7 @@ class ClientWriter:
 
     def client_gone(self) -> None:
         """The client left: close the upstream in this very turn of the loop."""
-        self.is_broken = True
+        self.must_close = True
         self.body.abort(Outcome.CLIENT_GONE)
         self._end(End(Outcome.CLIENT_GONE, self._status))
 
@@ -692,16 +733,15 @@ def reply_head(
     closing: bool,
     is_chunked: bool = False,
     is_old: bool = False,
-    has_length: bool = True,
 ) -> bytes:
     """An answer's head as bytes. Raises ValueError when a field holds a line end or NUL."""
     if "content-length" in headers:
-        headers.popall("content-length")
+        del headers["content-length"]
     lines = [STATUS_LINES[status]]
     lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
     if is_chunked:
         lines.append("transfer-encoding: chunked\r\n")
-    elif length is not None and has_length:
+    elif length is not None:
         lines.append(f"content-length: {length}\r\n")
     if closing:
         lines.append("connection: close\r\n\r\n")
@@ -723,14 +763,6 @@ def _last_chunk(body: Body, call: Call) -> bytes:
     return f"0\r\n{fields}\r\n".encode("utf-8", "surrogateescape")
 
 
-def _client_key(headers: Any) -> str:
-    """What the client sends as its key: Bearer, `x-api-key` or `api-key`."""
-    authorization: str = headers.get("authorization", "")
-    if authorization[:7].lower() == "bearer ":
-        return authorization[7:].strip()
-    return str(headers.get("x-api-key") or headers.get("api-key") or "")
-
-
 def _path_of_absolute(target: str) -> str:
     """The path of an absolute-form target (RFC 9112, 3.2.2); its host means nothing to us."""
     _, separator, rest = target.partition("://")
@@ -741,7 +773,3 @@ def _path_of_absolute(target: str) -> str:
 
 def _too_large(limit: int) -> Rejected:
     return Rejected(413, "body_too_large", f"the request body is larger than {limit} bytes")
-
-
-def _shutting_down() -> CallError:
-    return CallError(503, "shutting_down", "the sidecar is shutting down", retry_after_s=1.0)

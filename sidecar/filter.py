@@ -25,7 +25,31 @@ AttemptNext = Callable[[Attempt], Awaitable[Reply]]
 class FilterConfig(BaseModel):
     """Base of every filter's `Config`: strict, frozen, unknown keys refused. Units in the names."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class KitResources:
+    """State that survives reloads, by key: pools, buckets, circuits, caches."""
+
+    __slots__ = ("_generation", "_resources")
+
+    def __init__(self, resources: Resources, generation: int) -> None:
+        self._resources = resources
+        self._generation = generation
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The object under `key`, made by whoever asks first, in this snapshot or an earlier one.
+
+        It is closed (`close()`, sync or async, when it has one) once no snapshot asks for it.
+        """
+        return self._resources.get(key, make, user=self._generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +65,7 @@ class Kit:
     team: str
     upstreams: Mapping[str, Any]
     """This filter's own section of each upstream (`UpstreamConfig` instances), by upstream name."""
-    _resources: Resources
-    _generation: int
-
-    def resource(self, key: Hashable, make: Callable[[], T]) -> T:
-        """State that survives reloads: the object under `key`, made by whoever asks first."""
-        return self._resources.get(key, make, user=self._generation)
+    resources: KitResources
 
 
 class Filter:

@@ -209,15 +209,22 @@ class Body:
         self._held.append(data)
         if self._source is not None:
             self._source.pause()
-        self._wake()
+        if self._more is not None:
+            self._wake()
 
-    def finish(self) -> None:
-        """Everything was fed."""
+    def finish(self, data: bytes = b"") -> None:
+        """Everything was fed, `data` being the last of it."""
         self.is_arrived = True
         self._source = None
         if self._sink is not None:
-            self._complete()
-        else:
+            if data:
+                self.feed(data)
+            if not self._ended:
+                self._complete()
+            return
+        if data and not self._ended:
+            self._held.append(data)
+        if self._more is not None:
             self._wake()
 
     def fail(self, error: CallError) -> None:
@@ -227,7 +234,7 @@ class Body:
         self._error = error
         if self._sink is not None:
             self._break_off(error)
-        else:
+        elif self._more is not None:
             self._wake()
 
     def _wake(self) -> None:
@@ -326,7 +333,8 @@ class Body:
         self._held.clear()
         self._stages = []  # taps are closures over the call: a cycle, were they kept
         self._sink = None
-        self._wake()
+        if self._more is not None:
+            self._wake()
         callbacks, self._on_end = self._on_end, []
         for callback in callbacks:
             callback(outcome, error)

@@ -90,7 +90,7 @@ class Server:
         )
         self.snapshot = await self._new_snapshot(self._bound)
         self._edge = Edge(self.snapshot)
-        self._server = EdgeServer(self._edge.handle, self.config.http)  # type: ignore[arg-type]
+        self._server = EdgeServer(self._edge, self.config.http)
         self._listener = await self._listen(self.config.listen, self._server)
         if self.config.admin is not None:
             self._admin = Admin(
@@ -226,7 +226,8 @@ class Server:
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         while self.open_calls and (left := until - loop.time()) > 0:
-            running = {each.task for each in self._connections() if each.task is not None}
+            calling = [each for each in self._connections() if not each.is_idle]
+            running = {each.running for each in calling if each.running is not None}
             also = {stop_now} if stop_now is not None else set()
             done, _ = await asyncio.wait(
                 running | also, timeout=left, return_when=asyncio.FIRST_COMPLETED

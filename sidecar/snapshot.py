@@ -17,7 +17,7 @@ from sidecar.clock import Clock
 from sidecar.config import Bound, BoundPolicy, FilterSpec
 from sidecar.dispatch import Dispatch
 from sidecar.errors import CallError, Rejected
-from sidecar.filter import AttemptFilter, CallFilter, Filter, Kit
+from sidecar.filter import AttemptFilter, CallFilter, Filter, Kit, KitResources
 from sidecar.metrics import Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
@@ -58,6 +58,7 @@ class Snapshot:
         self._filters: list[Filter] = []
         self._started: list[Filter] = []
         self._leases = 0
+        self._is_retiring = False
         self._unused = asyncio.Event()
 
     def lease(self) -> None:
@@ -65,7 +66,7 @@ class Snapshot:
 
     def release(self) -> None:
         self._leases -= 1
-        if not self._leases:
+        if not self._leases and self._is_retiring:
             self._unused.set()
 
     @property
@@ -98,8 +99,8 @@ class Snapshot:
 
     async def retire(self) -> None:
         """Stop once the last running call has ended."""
-        while self._leases:
-            self._unused.clear()
+        self._is_retiring = True
+        if self._leases:
             await self._unused.wait()
         await self.stop()
 
@@ -198,8 +199,7 @@ class Snapshot:
                 access_log=self._shared.access_log,
                 team=team,
                 upstreams=self.bound.upstream_sections.get(spec.name, {}),
-                _resources=self._shared.resources,
-                _generation=self._generation,
+                resources=KitResources(self._shared.resources, self._generation),
             )
             made.append(spec.filter_class(spec.config, kit))
         self._filters.extend(made)

@@ -92,11 +92,17 @@ class Callers:
         self.unknown = unknown
         """Under which calls with no valid key are logged and counted; it serves nobody."""
 
-    def identify(self, key: str) -> Policy | None:
-        """The policy for `key`, or None when the key is nobody's.
+    def identify(self, headers: Mapping[str, str]) -> Policy | None:
+        """The policy of whoever sent `headers`, or None when their key is nobody's.
 
-        Keys are looked up by their SHA-256, so the time taken tells nothing about them.
+        The key comes as Bearer, `x-api-key` or `api-key`. It is looked up by its SHA-256, so the
+        time taken tells nothing about the keys there are.
         """
         if self._fixed is not None:
             return self._fixed
+        key = headers.get("authorization", "")
+        if key[:7].lower() == "bearer ":
+            key = key[7:].strip()
+        else:
+            key = headers.get("x-api-key") or headers.get("api-key") or ""
         return self._by_key.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest())

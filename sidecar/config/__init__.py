@@ -4,7 +4,8 @@ document.py     one file as values with places       schema.py    the types, def
 references.py   env: and file:                       secret.py    a value that is never shown
 explain.py      pydantic's errors in our words       load.py      files to types
 registry.py     filters by name                      check.py     what the sections mean together
-redacted.py     for people to look at            override.py  the command line's values
+rules.py        addresses, headers, patterns     override.py  the command line's values
+redacted.py     for people to look at
 """
 
 from sidecar.config.check import Bound, BoundPolicy, FilterSpec, bind, implicit_team

@@ -6,7 +6,6 @@ snapshot.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from sidecar.config.explain import Mistake, did_you_mean, explain
 from sidecar.config.load import Loaded
 from sidecar.config.references import References
 from sidecar.config.registry import FilterNotFound, builtin_filters, find_filter
+from sidecar.config.rules import collide, is_loopback, may_meet, wrong_header
 from sidecar.config.schema import Config, TeamSettings, UpstreamSettings
 from sidecar.errors import ConfigError, Problem
 
@@ -29,18 +29,6 @@ if TYPE_CHECKING:
 
 RESERVED_SEGMENTS = frozenset({"healthz", "livez", "readyz", "metrics"})
 """First segments of paths that are no upstream's, beside the API versions (`v1`, `v1beta`)."""
-
-OWN_HEADERS = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding"),
-        *("upgrade", "host", "content-length", "expect"),
-    }
-)
-"""Headers that each connection sets for itself (RFC 9110, section 7.6.1)."""
-
-CREDENTIAL_HEADERS = frozenset(
-    {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-goog-api-key"}
-)
 
 
 class FilterSpec(NamedTuple):
@@ -144,9 +132,9 @@ class _Binder:
 
     def _check_ports(self) -> None:
         config = self.config
-        if config.admin is not None and _collide(config.listen, config.admin):
+        if config.admin is not None and collide(config.listen, config.admin):
             self._refuse(("admin",), "is the address of `listen`: give it a port of its own")
-        if config.allow_anyone or _is_loopback(config.listen):
+        if config.allow_anyone or is_loopback(config.listen):
             return
         if config.team is not None:
             self._refuse(
@@ -172,7 +160,7 @@ class _Binder:
                 )
             self._check_tls(upstream, keys)
             for header, value in upstream.headers.items():
-                if message := _wrong_header(header, value):
+                if message := wrong_header(header, value):
                     self._refuse((*keys, "headers", header), message, at_key=True)
 
     def _check_tls(self, upstream: UpstreamSettings, keys: Keys) -> None:
@@ -246,7 +234,7 @@ class _Binder:
                 ("upstreams", index), name, "upstream", self.config.upstreams, document
             )
         for index, pattern in enumerate(team.models):
-            if pattern != "*" and not any(_overlap(pattern, name) for name in self.config.models):
+            if pattern != "*" and not any(may_meet(pattern, name) for name in self.config.models):
                 hint = did_you_mean(pattern, self.config.models) or ": add it to `models`"
                 self._refuse(
                     ("models", index), f'no model is called "{pattern}"{hint}', document=document
@@ -430,60 +418,3 @@ def _with_absolute_files(
         return value
 
     return {name: mend(values) for name, values in filters.items()}
-
-
-def _is_loopback(address: str) -> bool:
-    if address.startswith("unix:"):
-        return True
-    host = _host_and_port(address)[0]
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _collide(first: str, second: str) -> bool:
-    """Whether the two addresses cannot both be listened on."""
-    if first.startswith("unix:") or second.startswith("unix:"):
-        return first == second
-    (host, port), (other_host, other_port) = _host_and_port(first), _host_and_port(second)
-    if port != other_port or port == 0:
-        return False
-    return host == other_host or not {host, other_host}.isdisjoint({"0.0.0.0", "::"})
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]").lower()
-    return "127.0.0.1" if host == "localhost" else host, int(port)
-
-
-def _wrong_header(name: str, value: str) -> str:
-    """What is wrong with a header for every request; empty when nothing is."""
-    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-        return "no header can have this name"
-    if name.lower() in OWN_HEADERS:
-        return "this header is set for each request: remove it"
-    if name.lower() in CREDENTIAL_HEADERS:
-        return "credentials belong into the section `sign`: move it there"
-    if not re.fullmatch(
-        r"[\x21-\x7e\x80-\xff]([\x20-\x7e\x80-\xff\t]*[\x21-\x7e\x80-\xff])?", value
-    ):
-        return "no header can have this value: use visible Latin-1 characters"
-    return ""
-
-
-def _overlap(first: str, second: str) -> bool:
-    """Whether some name matches both patterns (`*`: any characters, `?` and `[abc]`: one)."""
-    first, second = (re.sub(r"\[!?\]?[^]]*\]", "?", each) for each in (first, second))
-    row = [True] + [False] * len(second)
-    for column, pattern in enumerate(second, 1):
-        row[column] = row[column - 1] and pattern == "*"
-    for a in first:
-        above, row = row, [row[0] and a == "*"]
-        for column, b in enumerate(second, 1):
-            if a == "*" or b == "*":
-                row.append(above[column] or row[column - 1])
-            else:
-                row.append(above[column - 1] and (a == b or "?" in (a, b)))
-    return row[-1]

@@ -118,10 +118,9 @@ def _message(detail: ErrorDetails, value: Any) -> str:
         return f"the key {context['discriminator']} is missing: add it"
     if kind == "finite_number":
         return "must be a finite number"
-    # A rare type of a filter's settings; some of pydantic's sentences quote what they could not read.
-    return (
-        detail["msg"].replace(value, "***") if value and isinstance(value, str) else detail["msg"]
-    )
+    # A rare type in a filter's settings. Some of pydantic's sentences quote what they cannot read.
+    message = detail["msg"]
+    return message.replace(value, "***") if isinstance(value, str) and value else message
 
 
 def _choice(expected: str, value: Any) -> str:

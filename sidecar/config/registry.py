@@ -80,7 +80,8 @@ def _checked(name: str, found: Any) -> type[Filter]:
     # Here and not above: the filter contract brings the metrics library along.
     from sidecar.filter import AttemptFilter, CallFilter, FilterConfig
 
-    if not isinstance(found, type) or not issubclass(found, CallFilter | AttemptFilter):
+    bases = (CallFilter, AttemptFilter)
+    if not isinstance(found, type) or not issubclass(found, bases) or found in bases:
         raise FilterNotFound(f'"{name}" is no CallFilter or AttemptFilter')
     for settings in (found.Config, found.UpstreamConfig):
         if settings is not None and not issubclass(settings, FilterConfig):

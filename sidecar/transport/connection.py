@@ -18,6 +18,7 @@ from sidecar.errors import CallError, Phase, Retry, UpstreamError
 from sidecar.reply import Body, Reply
 
 MAX_HEAD_BYTES = 128 * 1024
+MAX_TRAILERS = 64
 READ_BYTES = 64 * 1024
 
 HOP_BY_HOP = frozenset(
@@ -66,7 +67,6 @@ class Connection(asyncio.BufferedProtocol):
         "_is_head_request",
         "_is_poisoned",
         "_is_reusable",
-        "_is_reused",
         "_is_until_close",
         "_last_read",
         "_loop",
@@ -91,7 +91,6 @@ class Connection(asyncio.BufferedProtocol):
         self._parser = httptools.HttpResponseParser(self)
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
-        self._is_reused = False
         self._is_poisoned = False  # the far side sent what nobody asked for
         self._cause: Exception | None = None
         self._writable: asyncio.Future[None] | None = None
@@ -222,9 +221,12 @@ class Connection(asyncio.BufferedProtocol):
     # Time
 
     def _arm(self, delay_s: float) -> None:
-        self._disarm()
-        delay_s = min(delay_s, self._total_at - self._loop.time())
-        self._timer = self._loop.call_later(max(delay_s, 0.0), self._on_time)
+        if self._timer is not None:
+            self._timer.cancel()
+        left_s = self._total_at - self._loop.time()
+        self._timer = self._loop.call_later(
+            delay_s if delay_s < left_s else max(left_s, 0.0), self._on_time
+        )
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -273,58 +275,70 @@ class Connection(asyncio.BufferedProtocol):
         if self._reply is None and self._head_bytes > MAX_HEAD_BYTES:
             self._broken(None)
             return
-        self._flush()
         if self._is_done:
             self._complete()
+        else:
+            self._flush()
 
-    def _flush(self) -> None:
-        """Hand over what this read brought, as one piece."""
+    def _take_pieces(self) -> bytes:
+        """What this read brought, as one piece."""
         pieces = self._pieces
         if not pieces:
-            return
+            return b""
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
+        return data
+
+    def _flush(self) -> None:
+        """Hand over what this read brought; the message goes on."""
+        data = self._take_pieces()
         body = self._body
-        if body is not None:
+        if data and body is not None:
             if self._waiter is not None:
                 self._answer()
-                if not self._is_done:
-                    self._arm(self._silence_s)
+                self._arm(self._silence_s)
             body.feed(data)
 
     def _answer(self) -> None:
         """Hand the reply to whoever waits for it."""
         waiter, self._waiter = self._waiter, None
         reply = self._reply
-        if waiter is not None and not waiter.done() and reply is not None:
+        if waiter is not None and reply is not None and not waiter.done():
             reply.first_byte_at = monotonic()  # uvloop's own clock counts whole milliseconds
             waiter.set_result(reply)
 
     def _complete(self) -> None:
         """The message is over: free the connection, then tell the body."""
-        if self._waiter is not None:
-            self._answer()
+        data = self._take_pieces()
         body = self._body
-        self._disarm()
-        upload, self._upload = self._upload, None
-        if upload is not None and not upload.done():
-            upload.cancel()  # answered before our body was all sent: the rest is of no use
-            self._is_reusable = False
-        reusable = self._is_reusable and not self._is_poisoned and self.is_open
-        if self._paused:
-            self._paused = False
-            if reusable and self.transport is not None:
-                self.transport.resume_reading()
+        timer = self._timer
+        if timer is not None:
+            self._timer = None
+            timer.cancel()
+        self._answer()
+        if self._upload is not None:
+            if not self._upload.done():
+                self._upload.cancel()  # answered early: the rest of our body is of no use
+                self._is_reusable = False
+            self._upload = None
+        transport = self.transport
+        is_reusable = (
+            self._is_reusable
+            and not self._is_poisoned
+            and transport is not None
+            and not transport.is_closing()
+        )
+        if self._paused and is_reusable:
+            transport.resume_reading()  # type: ignore[union-attr]
         self._reset()
-        if reusable:
-            self._is_reused = True
+        if is_reusable:
             self._owner.released(self)
         else:
             self._is_poisoned = True
-            if self.transport is not None:
-                self.transport.abort()
+            if transport is not None:
+                transport.abort()
         if body is not None:
-            body.finish()
+            body.finish(data)
 
     def _broken(self, error: Exception | None) -> None:
         phase = Phase.HEAD if self._reply is None else Phase.BODY
@@ -378,12 +392,11 @@ class Connection(asyncio.BufferedProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_done:
             return
-        field = (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
-        if self._reply is not None:
-            if self._body is not None and len(self._body.trailers) < 64:
-                self._body.trailers.append(field)
-        else:
+        field = (name.lower().decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+        if self._reply is None:
             self._headers.append(field)
+        elif self._body is not None and len(self._body.trailers) < MAX_TRAILERS:
+            self._body.trailers.append(field)
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -396,27 +409,34 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._is_poisoned:
             return
-        headers = CIMultiDict(fields)
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        encoding = headers.get("content-encoding", "").strip().lower()
-        length = headers.get("content-length")
+        media_type = encoding = ""
+        length: int | None = None
+        is_chunked = False
+        dropped: set[str] | None = None  # fields that the far side calls hop-by-hop
+        kept: list[tuple[str, str]] = []
+        for field in fields:
+            name, value = field
+            if name == "content-type":
+                media_type = value.partition(";")[0].strip().lower()
+            elif name == "content-length":
+                length = int(value)
+            elif name == "content-encoding":
+                encoding = value.strip().lower()
+            elif name in HOP_BY_HOP:
+                if name == "transfer-encoding":
+                    is_chunked = True
+                elif name == "connection":
+                    dropped = {each.strip() for each in value.lower().split(",")}
+                continue
+            kept.append(field)
+        if dropped is not None:
+            kept = [field for field in kept if field[0] not in dropped]
         has_body = not (self._is_head_request or status in (204, 304))
-        self._is_until_close = (
-            has_body and length is None and "transfer-encoding" not in headers
+        self._is_until_close = has_body and length is None and not is_chunked
+        body = self._body = Body(
+            self, media_type=media_type, encoding=encoding, length=length if has_body else None
         )
-        for connection in headers.getall("connection", ()):
-            for name in connection.split(","):
-                headers.popall(name.strip(), None)
-        for name in HOP_BY_HOP:
-            headers.popall(name, None)
-        body = Body(
-            self,
-            media_type=media_type,
-            encoding=encoding,
-            length=int(length) if length is not None and has_body else None,
-        )
-        self._body = body
-        self._reply = Reply(status, headers, body)
+        self._reply = Reply(status, CIMultiDict(kept), body)
         if self._is_head_request:
             # llhttp would wait for the body that Content-Length speaks of.
             self._is_reusable = self._parser.should_keep_alive()

@@ -36,6 +36,7 @@ class Pool:
         self._waiters: deque[asyncio.Future[Connection | None]] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_closed = False
+        self._loop = asyncio.get_running_loop()
 
     @property
     def in_use(self) -> int:
@@ -47,13 +48,11 @@ class Pool:
             f"waiting={len(self._waiters)}>"
         )
 
-    async def acquire(self, timeout_s: float, *, fresh: bool = False) -> tuple[Connection, bool]:
-        """A connection, and whether it has served before. Raises `UpstreamError`.
+    async def acquire(self, timeout_s: float) -> tuple[Connection, bool]:
+        """A connection when none was idle, and whether it has served before.
 
-        `fresh`: open a new one, since an idle one may be closed without our knowing.
+        Raises `UpstreamError`.
         """
-        if not fresh and (connection := self._take_idle()) is not None:
-            return connection, True
         phase = Phase.CONNECT
         try:
             async with asyncio.timeout(timeout_s):
@@ -77,10 +76,12 @@ class Pool:
             retry = Retry.ELSEWHERE if phase is Phase.POOL else Retry.SAME
             raise UpstreamError(phase, retry, code, message, status=504) from error
 
-    def _take_idle(self) -> Connection | None:
+    def take_idle(self) -> Connection | None:
+        """A connection that is free now, if there is one."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_open and not self._is_stale(connection):
+            idle_for_s = self._loop.time() - connection.idle_since
+            if idle_for_s < DOUBT_AFTER_S or not self._is_stale(connection):
                 return connection
             self._drop(connection)
         return None
@@ -91,20 +92,17 @@ class Pool:
 
     def _is_stale(self, connection: Connection) -> bool:
         """Whether the socket is readable though nothing is due: the far side closed it."""
-        now = asyncio.get_running_loop().time()
         transport = connection.transport
-        if now - connection.idle_since < DOUBT_AFTER_S or transport is None:
-            return False
-        sock = transport.get_extra_info("socket")
+        sock = transport.get_extra_info("socket") if transport is not None else None
         if sock is None:
-            return False
+            return True
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
     async def _wait(self) -> Connection | None:
         """Wait for a connection, or (None) for room to open one."""
-        waiter: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Connection | None] = self._loop.create_future()
         self._waiters.append(waiter)
         try:
             return await waiter
@@ -149,11 +147,10 @@ class Pool:
             return
         if self._waiters and self._wake_one(connection):
             return
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
+        connection.idle_since = self._loop.time()
         self._idle.append(connection)
         if self._sweeper is None:
-            self._sweeper = loop.call_later(self._idle_s, self._sweep)
+            self._sweeper = self._loop.call_later(self._idle_s, self._sweep)
 
     def closed(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -164,15 +161,14 @@ class Pool:
     def _sweep(self) -> None:
         """Close what was idle for too long; runs only while something is idle."""
         self._sweeper = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         old = [each for each in self._idle if now - each.idle_since >= self._idle_s - 0.001]
         for connection in old:
             self._idle.remove(connection)
             self._drop(connection)
         if self._idle:
             oldest = min(each.idle_since for each in self._idle)
-            self._sweeper = loop.call_later(oldest + self._idle_s - now, self._sweep)
+            self._sweeper = self._loop.call_later(oldest + self._idle_s - now, self._sweep)
 
     def close(self) -> None:
         """Close idle connections now and the others when their exchange is over."""

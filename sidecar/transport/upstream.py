@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import ssl
 from collections.abc import Callable
@@ -69,10 +68,13 @@ class LiveUpstream:
             None if attempt.upload is not None else len(attempt.body),
         )
         timeouts = attempt.timeouts
-        total_at = asyncio.get_running_loop().time() + timeouts.total_s
+        total_at = attempt.started_at + timeouts.total_s
         fresh = False
         while True:
-            connection, is_reused = await self.pool.acquire(timeouts.connect_s, fresh=fresh)
+            connection = None if fresh else self.pool.take_idle()
+            is_reused = connection is not None
+            if connection is None:
+                connection, is_reused = await self.pool.acquire(timeouts.connect_s)
             try:
                 return await connection.exchange(
                     method, head, attempt.body, attempt.upload, timeouts, total_at
