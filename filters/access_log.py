@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from sidecar.api import USAGE, Call, CallFilter, CallNext, End, Reply
@@ -18,7 +19,7 @@ class AccessLog(CallFilter):
     sees_refused = True
 
     async def handle(self, call: Call, call_next: CallNext) -> Reply:
-        call.on_end(lambda end: self._write(call, end))
+        call.on_end(partial(self._write, call))
         return await call_next(call)
 
     def _write(self, call: Call, end: End) -> None:
@@ -37,7 +38,7 @@ class AccessLog(CallFilter):
             "upstream": target.upstream.name if target is not None else None,
             "attempts": call.attempts,
             "status": call.status,
-            "outcome": end.outcome.value,
+            "outcome": end.outcome,
             "bytes_in": call.bytes_in,
             "bytes_out": call.bytes_out,
             "first_byte_ms": round(first_byte_s * 1000, 3),

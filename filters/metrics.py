@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 from sidecar.api import (
     SHORT_SECONDS,
@@ -10,9 +11,13 @@ from sidecar.api import (
     Call,
     CallFilter,
     CallNext,
+    Counter,
     End,
     FilterConfig,
+    Gauge,
+    Histogram,
     Kit,
+    Outcome,
     Reply,
 )
 
@@ -60,44 +65,59 @@ class CallMetrics(CallFilter):
         self._tokens = make.counter(
             "llm_api_tokens", "Tokens as reported by providers.", (*PLACE, "direction")
         )
-        self._open_here = self._open.child(kit.team)
-        self._overhead_here = self._overhead.child()
-        # The children of one label set, looked up once: nine look-ups a call become two.
-        self._places: dict[tuple[str, str], Any] = {}
+        self._open_here: Gauge = self._open.child(kit.team)
+        self._overhead_here: Histogram = self._overhead.child()
+        # All that one set of labels counts, found by one look-up at the end of a call.
+        self._series: dict[tuple[str, str, int, Outcome], Series] = {}
 
     async def handle(self, call: Call, call_next: CallNext) -> Reply:
-        self._open_here.inc()
-        call.on_end(lambda end: self._count(call, end))
+        self._open_here.value += 1
+        call.on_end(partial(self._count, call))
         return await call_next(call)
 
     def _count(self, call: Call, end: End) -> None:
         now = self.kit.clock.monotonic()
-        self._open_here.dec()
+        self._open_here.value -= 1
         target = call.target or (call.targets[0] if call.targets else None)
-        model = call.label or "-"
         upstream = target.upstream.name if target is not None else "-"
-        team = call.team.name
-        place = self._places.get((model, upstream))
-        if place is None:
-            place = self._places[model, upstream] = (
-                self._latency.child(model),
-                self._first_byte.child(model),
-                self._bytes.child(model, upstream, team, "in"),
-                self._bytes.child(model, upstream, team, "out"),
-                self._tokens.child(model, upstream, team, "input"),
-                self._tokens.child(model, upstream, team, "output"),
-            )
-        latency, first_byte, bytes_in, bytes_out, tokens_in, tokens_out = place
-        status = str(call.status) if 100 <= call.status < 600 else "0"
-        self._calls.child(model, upstream, team, status, end.outcome.value).inc()
-        latency.observe(now - call.received_at)
+        key = (call.label, upstream, call.status, end.outcome)
+        series = self._series.get(key) or self._open_series(*key)
+        series.calls.value += 1
+        series.latency.observe(now - call.received_at)
         if call.replied_at:
             first_byte_s = call.replied_at - call.received_at
-            first_byte.observe(first_byte_s)
-            self._overhead_here.observe(max(0.0, first_byte_s - call.upstream_wait_s))
-        bytes_in.inc(call.bytes_in)
-        bytes_out.inc(call.bytes_out)
+            series.first_byte.observe(first_byte_s)
+            self._overhead_here.observe(first_byte_s - call.upstream_wait_s)
+        series.bytes_in.value += call.bytes_in
+        series.bytes_out.value += call.bytes_out
         usage = call.get(USAGE)
         if usage is not None:
-            tokens_in.inc(usage.input)
-            tokens_out.inc(usage.output)
+            series.tokens_in.value += usage.input
+            series.tokens_out.value += usage.output
+
+    def _open_series(self, label: str, upstream: str, status: int, outcome: Outcome) -> Series:
+        model, team = label or "-", self.kit.team
+        word = str(status) if 100 <= status < 600 else "0"
+        series = Series(
+            calls=self._calls.child(model, upstream, team, word, outcome),
+            latency=self._latency.child(model),
+            first_byte=self._first_byte.child(model),
+            bytes_in=self._bytes.child(model, upstream, team, "in"),
+            bytes_out=self._bytes.child(model, upstream, team, "out"),
+            tokens_in=self._tokens.child(model, upstream, team, "input"),
+            tokens_out=self._tokens.child(model, upstream, team, "output"),
+        )
+        self._series[label, upstream, status, outcome] = series
+        return series
+
+
+class Series(NamedTuple):
+    """The children of one set of labels."""
+
+    calls: Counter
+    latency: Histogram
+    first_byte: Histogram
+    bytes_in: Counter
+    bytes_out: Counter
+    tokens_in: Counter
+    tokens_out: Counter

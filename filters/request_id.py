@@ -34,6 +34,6 @@ class RequestId(CallFilter):
             theirs = call.headers.get(self._header)
             if theirs is not None and _ACCEPTABLE(theirs):
                 call.id = theirs
-        call.add_upstream_header(self._header, call.id)
-        call.add_reply_header(self._header, call.id)
+        call.set_upstream_header(self._header, call.id)
+        call.set_reply_header(self._header, call.id)
         return await call_next(call)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Literal
 from urllib.parse import quote
 
-from sidecar.api import Attempt, AttemptFilter, AttemptNext, FilterConfig, Kit, Reply, Secret
+from sidecar.api import (
+    Attempt,
+    AttemptFilter,
+    AttemptNext,
+    FilterConfig,
+    Kit,
+    Reply,
+    Secret,
+    field,
+)
 
 
 class SignSettings(FilterConfig):
@@ -32,14 +41,14 @@ class Sign(AttemptFilter):
 
     def __init__(self, config: FilterConfig, kit: Kit) -> None:
         super().__init__(config, kit)
-        self._headers: dict[str, tuple[str, str]] = {}
+        self._headers: dict[str, dict[bytes, bytes]] = {}
         self._queries: dict[str, str] = {}
         for upstream, settings in kit.upstreams.items():
             key = settings.key.reveal()
             if settings.scheme == "bearer":
-                self._headers[upstream] = ("authorization", f"Bearer {key}")
+                self._headers[upstream] = dict([field("authorization", f"Bearer {key}")])
             elif settings.scheme == "header":
-                self._headers[upstream] = (settings.name.lower(), key)
+                self._headers[upstream] = dict([field(settings.name, key)])
             else:
                 self._queries[upstream] = f"{quote(settings.name, safe='')}={quote(key, safe='')}"
 
@@ -47,7 +56,7 @@ class Sign(AttemptFilter):
         name = attempt.upstream.name
         header = self._headers.get(name)
         if header is not None:
-            attempt.headers[header[0]] = header[1]
+            attempt.headers.put(header)
         else:
             query = self._queries.get(name)
             if query is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sidecar.api import USAGE, Call, CallFilter, CallNext, Event, Reply
+from collections.abc import Callable
+from functools import partial
+
+from sidecar.api import USAGE, Call, CallFilter, CallNext, Event, Reply, Usage
 
 
 class TokenCounter(CallFilter):
@@ -18,12 +21,12 @@ class TokenCounter(CallFilter):
     async def handle(self, call: Call, call_next: CallNext) -> Reply:
         reply = await call_next(call)
         if reply.status == 200 and call.endpoint.has_model:
-            read = call.dialect.usage
-
-            def count(event: Event) -> None:
-                usage = read(event, call.get(USAGE))
-                if usage is not None:
-                    call[USAGE] = usage
-
-            reply.body.tap_events(count)
+            reply.body.tap_events(partial(_count, call, call.dialect.usage))
         return reply
+
+
+def _count(call: Call, read: Callable[[Event, Usage | None], Usage | None], event: Event) -> None:
+    before = call.get(USAGE)
+    usage = read(event, before)
+    if usage is not before and usage is not None:
+        call[USAGE] = usage

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from sidecar.metrics import FamilySnapshot, SnapshotCollector
 
 State = Callable[[], Awaitable[str]]
 """`ready`, or why not: `starting`, `draining`."""
+
+STOP_S = 0.5
+"""At the end, a scrape that is under way may take so long."""
 
 
 class Admin:
@@ -31,7 +37,7 @@ class Admin:
         *,
         state: State,
         metrics: Callable[[], Awaitable[list[FamilySnapshot]]],
-        config: Callable[[], dict[str, Any]],
+        config: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self._state = state
         self._metrics = metrics
@@ -42,7 +48,10 @@ class Admin:
         app.router.add_get("/metrics", self._exposition)
         app.router.add_get("/metrics.json", self._data)
         app.router.add_get("/config", self._configuration)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=STOP_S
+        )
+        self._unix_path: Path | None = None
 
     async def start(self, address: str) -> None:
         """Listen on `host:port` or `unix:/path`. Raises OSError."""
@@ -50,7 +59,8 @@ class Admin:
         site: web.BaseSite
         if address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
-            path.unlink(missing_ok=True)
+            remove_stale_socket(path)
+            self._unix_path = path
             site = web.UnixSite(self._runner, str(path))
         else:
             host, _, port = address.rpartition(":")
@@ -58,11 +68,18 @@ class Admin:
         await site.start()
 
     @property
-    def addresses(self) -> list[Any]:
-        return self._runner.addresses
+    def address(self) -> str | None:
+        """Where it really listens, with the port the system chose for port 0; None: nowhere."""
+        if self._unix_path is not None:
+            return f"unix:{self._unix_path}"
+        return shown_address(self._runner.addresses[0]) if self._runner.addresses else None
 
     async def stop(self) -> None:
+        """Close the port and remove its socket file. Idempotent, works after half a start."""
         await self._runner.cleanup()
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)
+            self._unix_path = None
 
     async def _livez(self, request: web.Request) -> web.Response:
         return _json({"status": "alive"})
@@ -74,7 +91,7 @@ class Admin:
     async def _exposition(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(SnapshotCollector(await self._metrics()))  # type: ignore[arg-type]
+        registry.register(SnapshotCollector(await self._metrics()))
         # Tens of milliseconds with many series: not on the loop.
         body = await asyncio.to_thread(encode, registry)
         return web.Response(body=body, headers={"content-type": content_type})
@@ -83,7 +100,7 @@ class Admin:
         return _json(await self._metrics())
 
     async def _configuration(self, request: web.Request) -> web.Response:
-        return _json(self._config(), indent=True)
+        return _json(await self._config(), indent=True)
 
 
 def _json(value: Any, *, status: int = 200, indent: bool = False) -> web.Response:
@@ -94,3 +111,35 @@ def _json(value: Any, *, status: int = 200, indent: bool = False) -> web.Respons
         content_type="application/json",
         headers={"cache-control": "no-store"},
     )
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Remove a socket file that nobody listens on; anything else stays and raises OSError."""
+    try:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise OSError(f"{path} exists and is no socket: remove it or choose another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # its queue is full: somebody listens
+    raise OSError(f"{path} is in use by another process")
+
+
+def why_not(error: OSError) -> str:
+    """The reason of a failed listen in the system's words, without the address it repeats."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    return os.strerror(error.errno)
+
+
+def shown_address(name: tuple[Any, ...]) -> str:
+    """`host:port` of a TCP socket's name, an IPv6 host in brackets."""
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -25,6 +25,7 @@ from sidecar.filter import (
     FilterConfig,
     Kit,
 )
+from sidecar.headers import Headers, field
 from sidecar.metrics import SHORT_SECONDS, Counter, Gauge, Histogram, Metrics
 from sidecar.reply import Body, Reply, Source, Transformer
 from sidecar.sse import Event
@@ -49,6 +50,7 @@ __all__ = [
     "Filter",
     "FilterConfig",
     "Gauge",
+    "Headers",
     "Histogram",
     "Key",
     "Kit",
@@ -67,4 +69,5 @@ __all__ = [
     "Upstream",
     "UpstreamError",
     "Usage",
+    "field",
 ]

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, overload
 
 import orjson
-from multidict import CIMultiDict, MultiMapping
+from multidict import MultiMapping
 
 from sidecar.errors import CallError, Rejected, UpstreamError
+from sidecar.headers import Headers, field
 from sidecar.tasks import Tasks
 
 if TYPE_CHECKING:
     from sidecar.dialects import Dialect, Endpoint
+    from sidecar.reply import Body
     from sidecar.team import Team
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ D = TypeVar("D")
 SETTLE_TIMEOUT_S = 10.0
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     """How a call or an attempt was over."""
 
     COMPLETED = "completed"  # the answer was passed on in full, whatever its status
@@ -69,6 +71,14 @@ class End:
         return f"<End {self.outcome.name} {self.status}{error}>"
 
 
+_COMPLETED = {status: End(Outcome.COMPLETED, status) for status in range(200, 600)}
+
+
+def completed(status: int) -> End:
+    """The end of a call or attempt whose answer was passed on in full."""
+    return _COMPLETED.get(status) or End(Outcome.COMPLETED, status)
+
+
 def end_of(error: BaseException, call: Call) -> End:
     """The end that `error` means for a scope of `call`."""
     if isinstance(error, UpstreamError):
@@ -99,10 +109,11 @@ class Scope:
     paid at once.
     """
 
-    __slots__ = ("_facts", "_on_end", "_on_settle", "end")
+    __slots__ = ("_facts", "_on_end", "_on_settle", "_tasks", "end")
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: Tasks) -> None:
         self.end: End | None = None
+        self._tasks = tasks
         # Made when somebody needs them: two scopes a call, and most of these stay empty.
         self._facts: dict[Key[Any], Any] | None = None
         self._on_end: list[Callable[[End], None]] | None = None
@@ -153,7 +164,7 @@ class Scope:
             self._on_settle = []
         self._on_settle.append(debt)
 
-    def finish(self, end: End, tasks: Tasks) -> None:
+    def finish(self, end: End) -> None:
         """Pay all debts, once; a second call does nothing. For the core only."""
         if self.end is not None:
             return
@@ -164,14 +175,14 @@ class Scope:
                 _pay(debts.pop(), end)
         if self._on_settle is not None:
             settles, self._on_settle = self._on_settle, None
-            tasks.start(_settle(settles, end), name="settle")
+            self._tasks.start(_settle(settles, end), name="settle")
 
 
 def _pay(debt: Callable[[End], None], end: End) -> None:
     try:
         debt(end)
     except Exception:
-        log.exception("debt_failed", extra={"outcome": end.outcome.value})
+        log.exception("debt_failed", extra={"outcome": end.outcome})
 
 
 async def _settle(debts: list[Callable[[End], Awaitable[None]]], end: End) -> None:
@@ -181,7 +192,7 @@ async def _settle(debts: list[Callable[[End], Awaitable[None]]], end: End) -> No
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 await debt(end)
         except Exception:
-            log.exception("settle_failed", extra={"outcome": end.outcome.value})
+            log.exception("settle_failed", extra={"outcome": end.outcome})
 
 
 class Upload(Protocol):
@@ -252,8 +263,8 @@ class Call(Scope):
         "method",
         "model",
         "path",
-        "peer",
         "query",
+        "raw_headers",
         "received_at",
         "refusal",
         "replied_at",
@@ -276,22 +287,24 @@ class Call(Scope):
         path: str,
         query: str,
         headers: MultiMapping[str],
+        raw_headers: Sequence[tuple[bytes, bytes]],
         team: Team,
         dialect: Dialect,
         endpoint: Endpoint,
         received_at: float,
-        peer: str = "",
+        tasks: Tasks,
     ) -> None:
         self.end = None
+        self._tasks = tasks
         self._facts = self._on_end = self._on_settle = None
         self.id = call_id
         self.method = method
         self.path = path
         self.query = query
         self.headers = headers
+        self.raw_headers = raw_headers
         self.body: bytes | None = b""
         self.upload: Upload | None = None
-        self.peer = peer
         self.team = team
         self.dialect = dialect
         self.endpoint = endpoint
@@ -300,8 +313,8 @@ class Call(Scope):
         self.targets: tuple[Target, ...] = ()
         self.target: Target | None = None  # where the next attempt goes; None: the first of targets
         self.timeouts: Timeouts | None = None  # set by a filter to override the upstream's
-        self.upstream_headers: dict[str, str] | None = None  # added to the head of every attempt
-        self.reply_headers: dict[str, str] | None = None  # added to the answer's, errors included
+        self.upstream_headers: dict[bytes, bytes] | None = None  # put on the head of every attempt
+        self.reply_headers: dict[bytes, bytes] | None = None  # put on the answer's, errors included
         self.attempts: int = 0
         self.refusal: CallError | None = None
         self.received_at = received_at
@@ -314,17 +327,19 @@ class Call(Scope):
         self.is_body_changed = False
         self._json: Any = None
 
-    def add_upstream_header(self, name: str, value: str) -> None:
-        """Send this header with every attempt."""
+    def set_upstream_header(self, name: str, value: str) -> None:
+        """Send this header with every attempt. ValueError when it could end the line."""
+        key, data = field(name, value)
         if self.upstream_headers is None:
             self.upstream_headers = {}
-        self.upstream_headers[name] = value
+        self.upstream_headers[key] = data
 
-    def add_reply_header(self, name: str, value: str) -> None:
-        """Send this header with the answer, whatever it is."""
+    def set_reply_header(self, name: str, value: str) -> None:
+        """Send this header with the answer, whatever it is. ValueError when it could end the line."""
+        key, data = field(name, value)
         if self.reply_headers is None:
             self.reply_headers = {}
-        self.reply_headers[name] = value
+        self.reply_headers[key] = data
 
     @property
     def json(self) -> dict[str, Any]:
@@ -382,8 +397,7 @@ class ChatView:
     max_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of one call.
 
     `input` and `output` are totals; the other fields say how much of them was of a special kind.
@@ -419,6 +433,7 @@ class Attempt(Scope):
         "path",
         "started_at",
         "target",
+        "status",
         "timeouts",
         "upload",
         "upstream",
@@ -431,13 +446,14 @@ class Attempt(Scope):
         *,
         number: int,
         path: str,
-        headers: CIMultiDict[str],
+        headers: Headers,
         body: bytes,
         upload: Upload | None,
         timeouts: Timeouts,
         started_at: float,
     ) -> None:
         self.end = None
+        self._tasks = call._tasks
         self._facts = self._on_end = self._on_settle = None
         self.call = call
         self.target = target
@@ -451,6 +467,14 @@ class Attempt(Scope):
         self.timeouts = timeouts
         self.started_at = started_at
         self.first_byte_at = 0.0
+        self.status = 0
+
+    def body_ended(self, body: Body, outcome: Outcome, error: CallError | None) -> None:
+        """The reply's body is over, and so is the attempt. For the core only."""
+        if outcome is Outcome.COMPLETED:
+            self.finish(completed(self.status))
+        else:
+            self.finish(End(outcome, self.status, error))
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number} of {self.call.id} at {self.upstream.name}>"

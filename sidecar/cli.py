@@ -67,7 +67,7 @@ def run(
 
     log.set_up(bound.config.log.level)
     if bound.config.workers > 1 and worker is None:
-        code = _run(supervise(path, bound, overrides))
+        code = _run(supervise(path, bound))
     else:
         code = _run(serve(path, bound, overrides, worker))
     sys.exit(code)
@@ -113,7 +113,17 @@ def mock(listen: str, script: Path | None) -> None:
     """Serve the scripted provider alone: OpenAI and Anthropic dialects, no key.
 
     Requests steer it by headers such as `x-mock-status: 429`; docs/mock.md lists them.
+
+    \b
+    Exit codes
+      0  stopped by SIGTERM or SIGINT
+      1  could not start: port in use
+      2  the script cannot be used, or the command was used wrongly
     """
+    host, _, port = listen.rpartition(":")
+    if not listen.startswith("unix:/") and not (host and port.isdigit() and int(port) <= 65535):
+        raise click.BadParameter('write "host:port" or "unix:/path"', param_hint="--listen")
+    from sidecar.admin import why_not
     from sidecar.mock import MockProvider, Script, ScriptError
 
     try:
@@ -131,13 +141,9 @@ def mock(listen: str, script: Path | None) -> None:
             if listen.startswith("unix:"):
                 where = await provider.start(unix_path=listen.removeprefix("unix:"))
             else:
-                host, _, port = listen.rpartition(":")
-                if not host or not port.isdigit():
-                    click.echo('--listen: write "host:port" or "unix:/path"', err=True)
-                    return 2
                 where = await provider.start(host=host.strip("[]"), port=int(port))
         except OSError as error:
-            click.echo(f"could not listen on {listen}: {error.strerror or error}", err=True)
+            click.echo(f"could not listen on {listen}: {why_not(error)}", err=True)
             return 1
         click.echo(f"mock provider listens on {where}")
         await stop.wait()

@@ -6,55 +6,43 @@ theirs, and ends exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable
 from time import monotonic
+from typing import cast
 
 import orjson
-from multidict import CIMultiDict
 
-from sidecar.call import Attempt, Call, End, Outcome, Target, end_of
+from sidecar.call import Attempt, Call, Target, end_of
 from sidecar.dialects.endpoint import MODELS, PASS_THROUGH
-from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError
+from sidecar.errors import Rejected
 from sidecar.filter import AttemptNext
-from sidecar.metrics import Counter
+from sidecar.headers import Headers
 from sidecar.reply import Reply
-from sidecar.tasks import Tasks
 from sidecar.team import Models
 from sidecar.transport.connection import HOP_BY_HOP
 from sidecar.transport.upstream import LiveUpstream
 
 NEVER_SENT = HOP_BY_HOP | {
-    "host",  # the upstream's own is written
-    "content-length",  # written with the body
-    "expect",  # answered by the edge
-    "accept-encoding",  # depends on whether filters look at the answer
+    b"host",  # the upstream's own is written
+    b"content-length",  # written with the body
+    b"expect",  # answered by the edge
+    b"accept-encoding",  # depends on whether filters look at the answer
     # The client's credentials are for us.
-    "authorization",
-    "x-api-key",
-    "api-key",
-    "x-goog-api-key",
-    "cookie",
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"x-goog-api-key",
+    b"cookie",
 }
 
 
 class Dispatch:
     """Turns calls into attempts for one chain."""
 
-    def __init__(
-        self,
-        *,
-        upstreams: Mapping[str, LiveUpstream],
-        models: Models,
-        tasks: Tasks,
-        taps_events: bool,
-        dropped_taps: Counter,
-    ) -> None:
-        self._upstreams = upstreams
+    def __init__(self, *, models: Models, taps_events: bool) -> None:
         self._models = models
-        self._tasks = tasks
         self._taps_events = taps_events
-        self._dropped_taps = dropped_taps
-        self.attempt_chain: AttemptNext = self.send  # set once the filters are linked
+        self.attempt_chain: AttemptNext = send  # replaced once the attempt filters are linked
 
     async def __call__(self, call: Call) -> Reply:
         """The end of the call chain: one attempt at `call.target`, or at the first target."""
@@ -65,48 +53,34 @@ class Dispatch:
         try:
             reply = await self.attempt_chain(attempt)
         except BaseException as error:
-            self._count_wait(attempt)
-            attempt.finish(end_of(error, call), self._tasks)
+            call.upstream_wait_s += (attempt.first_byte_at or monotonic()) - attempt.started_at
+            attempt.finish(end_of(error, call))
             raise
-        self._count_wait(attempt)
-        body, status = reply.body, reply.status
-
-        def body_ended(outcome: Outcome, error: CallError | None) -> None:
-            if body.dropped_taps:
-                self._dropped_taps.inc(body.dropped_taps)
-            attempt.finish(End(outcome, status, error), self._tasks)
-
-        body.on_end(body_ended)
-        return reply
-
-    async def send(self, attempt: Attempt) -> Reply:
-        """The end of the attempt chain: the transport."""
-        upstream = self._upstreams[attempt.upstream.name]
-        reply = await upstream.send(attempt)
-        if upstream.waits_for_event and reply.status == 200 and reply.body.is_stream:
-            await _refuse_error_event(attempt, reply)
-        attempt.first_byte_at = reply.first_byte_at
+        call.upstream_wait_s += (attempt.first_byte_at or monotonic()) - attempt.started_at
+        attempt.status = reply.status
+        reply.body.owned_by(attempt)
         return reply
 
     def _attempt(self, call: Call, target: Target) -> Attempt:
-        upstream = self._upstreams[target.upstream.name]
+        upstream = cast(LiveUpstream, target.upstream)
         if upstream.dialect is not call.dialect:
             known = ", ".join(each.path for each in upstream.dialect.endpoints)
             message = f'"{call.model}" speaks the {upstream.dialect.name} dialect: call {known}'
             raise Rejected(400, "wrong_dialect", message)
-        headers = CIMultiDict(
-            [item for item in call.headers.items() if item[0].lower() not in NEVER_SENT]
-        )
+        fields = [
+            (key, value) for name, value in call.raw_headers if (key := name.lower()) not in NEVER_SENT
+        ]
         if "connection" in call.headers:
-            for value in call.headers.getall("connection"):
-                for name in value.split(","):
-                    headers.popall(name.strip(), None)
+            named = ",".join(call.headers.getall("connection")).lower().encode("latin-1", "replace")
+            dropped = {name.strip() for name in named.split(b",")}
+            fields = [field for field in fields if field[0] not in dropped]
+        headers = Headers.of_raw(fields)
         if self._taps_events:
-            headers["accept-encoding"] = "identity"
+            fields.append((b"accept-encoding", b"identity"))
         elif (accepted := call.headers.get("accept-encoding")) is not None:
             headers["accept-encoding"] = accepted
-        if call.upstream_headers:
-            headers.update(call.upstream_headers)
+        if call.upstream_headers is not None:
+            headers.put(call.upstream_headers)
         if upstream.extra_headers:
             headers.update(upstream.extra_headers)
         body = call.body
@@ -129,10 +103,6 @@ class Dispatch:
             started_at=monotonic(),
         )
 
-    def _count_wait(self, attempt: Attempt) -> None:
-        until = attempt.first_byte_at or monotonic()
-        attempt.call.upstream_wait_s += until - attempt.started_at
-
     def _answer_here(self, call: Call) -> Reply:
         """What the sidecar answers itself: the models the team may use."""
         if call.endpoint is MODELS:
@@ -146,18 +116,6 @@ class Dispatch:
         raise Rejected(404, "model_not_found", f'no upstream is configured for "{call.model}"')
 
 
-async def _refuse_error_event(attempt: Attempt, reply: Reply) -> None:
-    """Raise when the first event of a 200 is an error, so that another target may be tried."""
-    event = await reply.body.first_event()
-    found = attempt.upstream.dialect.error_in(event) if event is not None else None
-    if found is None:
-        return
-    reply.discard()
-    code, message = found
-    raise UpstreamError(
-        Phase.FIRST_EVENT,
-        Retry.SAME,
-        "upstream_error_event",
-        f"the upstream answered 200 and then an error ({code}): {message}"[:500],
-    )
-
+def send(attempt: Attempt) -> Awaitable[Reply]:
+    """The end of the attempt chain: the transport."""
+    return cast(LiveUpstream, attempt.upstream).send(attempt)

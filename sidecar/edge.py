@@ -20,13 +20,13 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler
-from multidict import CIMultiDict
-
-from sidecar.call import Call, End, Outcome, Target, end_of
+from sidecar.call import Call, End, Outcome, Target, completed, end_of
 from sidecar.config.schema import HttpSettings
 from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI, Dialect, Endpoint
 from sidecar.dialects.endpoint import MODELS, OTHER, PASS_THROUGH
 from sidecar.errors import CallError, Rejected
+from sidecar.headers import Headers, lines
+from sidecar.metrics import Counter
 from sidecar.reply import Body, Reply
 from sidecar.tasks import Tasks
 from sidecar.team import Callers, Models, Policy
@@ -35,8 +35,8 @@ from sidecar.transport.upstream import LiveUpstream
 log = logging.getLogger(__name__)
 
 STATUS_LINES = {
-    **{code: f"HTTP/1.1 {code} \r\n" for code in range(100, 1000)},
-    **{status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus},
+    **{code: f"HTTP/1.1 {code} \r\n".encode() for code in range(100, 1000)},
+    **{status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus},
 }
 BODILESS = frozenset({204, 304})
 LINGER_S = 1.0
@@ -51,6 +51,7 @@ class Serving(Protocol):
     upstreams: dict[str, LiveUpstream]
     http: HttpSettings
     tasks: Tasks
+    dropped_taps: Counter
 
     def lease(self) -> None: ...
     def release(self) -> None: ...
@@ -132,7 +133,7 @@ class EdgeProtocol(RequestHandler):
             error = Rejected(400, "bad_request", "the request is not valid HTTP/1.1")
         if self.transport is not None:
             data = OPENAI.error_body(error, "")
-            headers = CIMultiDict({"content-type": "application/json"})
+            headers = Headers({"content-type": "application/json"})
             self.transport.write(reply_head(error.status, headers, len(data), closing=True) + data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -252,7 +253,7 @@ class Edge:
         except asyncio.CancelledError:
             if call.cancelled_as is not Outcome.ABORTED or protocol.transport is None:
                 call.cancelled_as = call.cancelled_as or Outcome.CLIENT_GONE
-                call.finish(End(call.cancelled_as, call.status), serving.tasks)
+                call.finish(End(call.cancelled_as, call.status))
                 raise
             task = asyncio.current_task()
             if task is not None:
@@ -298,12 +299,21 @@ class Edge:
             path=path,
             query=query,
             headers=headers,
+            raw_headers=message.raw_headers,
             team=policy.team,
             dialect=dialect,
             endpoint=endpoint,
             received_at=monotonic(),
+            tasks=serving.tasks,
         )
-        call.refusal = refusal or self._refusal(call, message, upstream, serving)
+        if (
+            known is None
+            or refusal is not None
+            or query
+            or message.method != "POST"
+            or sum(map(len, headers.values())) > serving.http.max_head_bytes - len(path)
+        ):
+            call.refusal = refusal or self._refusal(call, upstream, serving)
         if upstream is not None and call.refusal is None:
             call.targets = (Target(upstream),)
         return call, policy
@@ -321,15 +331,13 @@ class Edge:
         return dialect, OTHER, None
 
     def _refusal(
-        self, call: Call, message: Any, upstream: LiveUpstream | None, serving: Serving
+        self, call: Call, upstream: LiveUpstream | None, serving: Serving
     ) -> CallError | None:
         """Why this request must not go on, judged by its head alone."""
         path, endpoint = call.path, call.endpoint
-        head_bytes = sum(map(len, call.headers.values())) + len(message.path)
+        head_bytes = sum(map(len, call.headers.values())) + len(path) + len(call.query)
         if head_bytes > serving.http.max_head_bytes:
             return Rejected(431, "head_too_large", "the request's head is too large")
-        if call.method == "POST" and endpoint.path == path and not call.query:
-            return None  # nearly every call
         if call.method in ("CONNECT", "TRACE"):
             return Rejected(405, "method_not_allowed", f"{call.method} is not served here")
         if not (path.isascii() and path.isprintable() and call.query.isprintable()):
@@ -414,7 +422,7 @@ class Edge:
             raise Rejected(400, "model_required", 'the request body must name a "model"')
         call.model = model
         found = serving.models.find(model)
-        if found is None or not call.team.may_use(model):
+        if found is None or not (call.team.may_use_all or call.team.may_use(model)):
             call.label = "unknown"
             text = f'the model "{model[:100]}" does not exist here or is not for you'
             raise Rejected(404, "model_not_found", text)
@@ -435,19 +443,19 @@ class Edge:
         body, headers, status = reply.body, reply.headers, reply.status
         call.status = status
         if call.reply_headers is not None:
-            headers.update(call.reply_headers)
+            headers.put(call.reply_headers)
         call.replied_at = monotonic()
         transport = protocol.transport
         if transport is None:
             body.abort(Outcome.CLIENT_GONE)
-            call.finish(End(Outcome.CLIENT_GONE, status), serving.tasks)
+            call.finish(End(Outcome.CLIENT_GONE, status))
             return None
         writer = protocol.writer  # there already, when heartbeats had to begin before the answer
         if writer is None:
             is_old = message.version.minor == 0
             if call.method == "HEAD" or status in BODILESS:
                 self._answer_bodiless(call, reply, transport, keep_alive, is_old)
-                call.finish(End(Outcome.COMPLETED, status), serving.tasks)
+                call.finish(completed(status))
                 return None
             if body.is_whole:
                 data = body.take()
@@ -456,7 +464,9 @@ class Edge:
                     status, headers, len(data), closing=not keep_alive, is_old=is_old
                 )
                 transport.write(head + data)
-                call.finish(End(Outcome.COMPLETED, status), serving.tasks)
+                if body.dropped_taps:
+                    serving.dropped_taps.inc(body.dropped_taps)
+                call.finish(completed(status))
                 return None
             is_chunked = body.length is None and not is_old
             if body.is_stream:
@@ -487,7 +497,7 @@ class Edge:
         is_old: bool,
     ) -> None:
         """An answer that has no body: to HEAD, 204, 304 (RFC 9112, 6.3)."""
-        announced = reply.headers.get("content-length")
+        announced = reply.body.length if call.method == "HEAD" or reply.status == 304 else None
         if reply.body.is_whole:
             reply.body.take()
         else:
@@ -495,7 +505,7 @@ class Edge:
         head = reply_head(
             reply.status,
             reply.headers,
-            int(announced) if announced is not None and reply.status != 204 else None,
+            announced,
             closing=not keep_alive,
             is_old=is_old,
         )
@@ -520,10 +530,10 @@ class Edge:
             return
         if transport is not None:
             data = call.dialect.error_body(error, call.id)
-            headers = CIMultiDict({"content-type": "application/json"})
+            headers = Headers({"content-type": "application/json"})
             headers["x-sidecar-error"] = error.code
             if call.reply_headers is not None:
-                headers.update(call.reply_headers)
+                headers.put(call.reply_headers)
             headers.update(error.headers)
             if error.retry_after_s is not None:
                 headers["retry-after"] = str(max(1, ceil(error.retry_after_s)))
@@ -532,7 +542,7 @@ class Edge:
                 data = b""
             call.bytes_out = len(data)
             transport.write(head + data)
-        call.finish(end, serving.tasks)
+        call.finish(end)
 
     async def _run_with_heartbeat(
         self, serving: Serving, policy: Policy, call: Call, protocol: EdgeProtocol
@@ -542,11 +552,11 @@ class Edge:
         try:
             await asyncio.wait((running,), timeout=serving.http.heartbeat_s)
             if not running.done() and protocol.transport is not None:
-                headers = CIMultiDict({"content-type": "text/event-stream"})
+                headers = Headers({"content-type": "text/event-stream"})
                 headers["cache-control"] = "no-cache"
                 headers["x-accel-buffering"] = "no"
                 if call.reply_headers is not None:
-                    headers.update(call.reply_headers)
+                    headers.put(call.reply_headers)
                 head = reply_head(200, headers, None, closing=True, is_chunked=True)
                 protocol.writer = ClientWriter(
                     serving, self._loop, protocol.transport, call, head, is_chunked=True
@@ -649,7 +659,7 @@ class ClientWriter:
             data += _last_chunk(self.body, self._call)
         if data:
             self._transport.write(data)
-        self._end(End(Outcome.COMPLETED, self._status))
+        self._end(completed(self._status))
 
     def fail(self, error: CallError, end: End | None = None) -> None:
         """Tell the client that this is not the whole: an error event, and no clean end."""
@@ -677,9 +687,11 @@ class ClientWriter:
 
     def _end(self, end: End) -> None:
         self.close()
+        if self.body.dropped_taps:
+            self._serving.dropped_taps.inc(self.body.dropped_taps)
         if not self.done.done():
             self.done.set_result(None)
-        self._call.finish(end, self._serving.tasks)
+        self._call.finish(end)
 
     def close(self) -> None:
         if self._heartbeat is not None:
@@ -727,40 +739,33 @@ class BoundedUpload:
 
 def reply_head(
     status: int,
-    headers: CIMultiDict[str],
+    headers: Headers,
     length: int | None,
     *,
     closing: bool,
     is_chunked: bool = False,
     is_old: bool = False,
 ) -> bytes:
-    """An answer's head as bytes. Raises ValueError when a field holds a line end or NUL."""
-    if "content-length" in headers:
-        del headers["content-length"]
-    lines = [STATUS_LINES[status]]
-    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    """An answer's head as bytes; `length` None and not chunked: the body ends with the connection,
+    or there is none."""
     if is_chunked:
-        lines.append("transfer-encoding: chunked\r\n")
+        framing = b"transfer-encoding: chunked\r\n"
     elif length is not None:
-        lines.append(f"content-length: {length}\r\n")
-    if closing:
-        lines.append("connection: close\r\n\r\n")
-    elif is_old:
-        lines.append("connection: keep-alive\r\n\r\n")
+        framing = b"content-length: %d\r\n" % length
     else:
-        lines.append("\r\n")
-    text = "".join(lines)
-    if text.count("\n") != len(lines) + (closing or is_old) or "\0" in text:
-        raise ValueError("a header field of the answer holds a line end or a NUL")
-    return text.encode("utf-8", "surrogateescape")
+        framing = b""
+    if closing:
+        framing += b"connection: close\r\n"
+    elif is_old:
+        framing += b"connection: keep-alive\r\n"
+    return b"%b%b%b\r\n" % (STATUS_LINES[status], lines(headers.raw()), framing)
 
 
 def _last_chunk(body: Body, call: Call) -> bytes:
     """The end of a chunked body, with the trailers if the client takes them (RFC 9110, 6.5.1)."""
     if not body.trailers or "trailers" not in call.headers.get("te", "").lower():
         return b"0\r\n\r\n"
-    fields = "".join([f"{name}: {value}\r\n" for name, value in body.trailers])
-    return f"0\r\n{fields}\r\n".encode("utf-8", "surrogateescape")
+    return b"0\r\n%b\r\n" % lines(body.trailers)
 
 
 def _path_of_absolute(target: str) -> str:

@@ -197,7 +197,7 @@ def merge(snapshots: Iterable[list[FamilySnapshot]]) -> list[FamilySnapshot]:
                 else:
                     values[key] += value
     return [
-        FamilySnapshot(**{**family, "samples": [(list(k), v) for k, v in sums[name].items()]})  # type: ignore[typeddict-item]
+        FamilySnapshot(**{**family, "samples": [(list(k), v) for k, v in sums[name].items()]})
         for name, family in merged.items()
     ]
 
@@ -213,7 +213,7 @@ class SnapshotCollector:
             name, text, labels = family["name"], family["help"], family["labels"]
             if family["kind"] == "histogram":
                 histogram = HistogramMetricFamily(name, text, labels=labels)
-                bounds = [*(repr(bound) for bound in family["bounds"]), "+Inf"]
+                bounds = [*(repr(float(bound)) for bound in family["bounds"]), "+Inf"]
                 for values, (*counts, total) in family["samples"]:
                     buckets, seen = [], 0
                     for bound, count in zip(bounds, counts, strict=True):

@@ -15,10 +15,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from multidict import CIMultiDict
-
 from sidecar.call import Outcome
 from sidecar.errors import CallError, SidecarError
+from sidecar.headers import Headers, RawFields
 from sidecar.sse import Decoder, Event, JsonEvent
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,12 @@ class Sink(Protocol):
         ...
 
 
+class Owner(Protocol):
+    """Whose body it is."""
+
+    def body_ended(self, body: Body, outcome: Outcome, error: CallError | None) -> None: ...
+
+
 class Transformer(Protocol):
     """Changes a body's bytes, piece by piece. Sync; called in the loop's turn."""
 
@@ -58,8 +63,13 @@ class Transformer(Protocol):
 
 
 class Stage(Protocol):
+    """One step that bytes pass on their way to the sink."""
+
     def feed(self, data: bytes) -> bytes: ...
     def finish(self) -> bytes: ...
+    def whole(self, data: bytes) -> bytes:
+        """`feed` and `finish` at once, for a body that came in one piece."""
+        ...
 
 
 ByteTap = Callable[[bytes], None]
@@ -78,7 +88,7 @@ class Body:
         "_error",
         "_held",
         "_more",
-        "_on_end",
+        "_owner",
         "_sink",
         "_source",
         "_stages",
@@ -102,15 +112,15 @@ class Body:
         self._sink: Sink | None = None
         self._held: list[bytes] = []
         self._stages: list[Stage] = []
-        self._on_end: list[Callable[[Outcome, CallError | None], None]] = []
+        self._owner: Owner | None = None
         self._more: asyncio.Future[None] | None = None
         self._error: CallError | None = None
-        self._ended = False
+        self._ended: Outcome | None = None
         self.is_arrived = False  # the source has fed all there is, or failed
         self.media_type = media_type
         self.encoding = encoding
-        self.length = length  # in bytes, as the upstream announced it; None when it did not
-        self.trailers: list[tuple[str, str]] = []
+        self.length = length  # Content-Length, as the upstream announced it; None: not known
+        self.trailers: RawFields = []
         self.dropped_taps = 0
 
     @classmethod
@@ -138,7 +148,7 @@ class Body:
 
     def map(self, transformer: Transformer) -> None:
         """Change the bytes. Taps registered before see the original, later ones the result."""
-        self._stages.append(transformer)
+        self._stages.append(_Map(transformer))
         self.length = None
 
     def discard(self) -> None:
@@ -153,11 +163,11 @@ class Body:
     @property
     def is_whole(self) -> bool:
         """Whether every byte is in hand and none was passed on yet."""
-        return self.is_arrived and self._error is None and self._sink is None and not self._ended
+        return self.is_arrived and self._error is None and self._sink is None and self._ended is None
 
     @property
     def is_mapped(self) -> bool:
-        return any(not isinstance(stage, _Taps) for stage in self._stages)
+        return any(isinstance(stage, _Map) for stage in self._stages)
 
     def peek(self) -> bytes:
         """The bytes in hand before anybody takes them."""
@@ -204,7 +214,7 @@ class Body:
             if data:
                 sink.write(data)
             return
-        if self._ended:
+        if self._ended is not None:
             return
         self._held.append(data)
         if self._source is not None:
@@ -219,10 +229,10 @@ class Body:
         if self._sink is not None:
             if data:
                 self.feed(data)
-            if not self._ended:
+            if self._ended is None:
                 self._complete()
             return
-        if data and not self._ended:
+        if data and self._ended is None:
             self._held.append(data)
         if self._more is not None:
             self._wake()
@@ -243,19 +253,22 @@ class Body:
 
     # For the edge
 
-    def on_end(self, callback: Callable[[Outcome, CallError | None], None]) -> None:
-        """Be told once how the body ended; the core turns that into the attempt's end."""
-        self._on_end.append(callback)
+    def owned_by(self, owner: Owner) -> None:
+        """Tell `owner` once how the body ended; the core turns that into the attempt's end."""
+        if self._ended is None:
+            self._owner = owner
+        else:
+            owner.body_ended(self, self._ended, self._error)
 
     def attach(self, sink: Sink) -> None:
         """Pass everything held, and from now on every piece, to `sink`."""
         self._sink = sink
         held, self._held = self._held, []
         for data in held:
-            if self._ended:  # the sink aborted us
+            if self._ended is not None:  # the sink aborted us
                 return
             self.feed(data)
-        if self._ended:
+        if self._ended is not None:
             return
         if self._error is not None:
             self._break_off(self._error)
@@ -266,11 +279,11 @@ class Body:
 
     def take(self) -> bytes:
         """The whole body at once, through taps and maps; only when `is_whole`. Ends the body."""
-        data = b"".join(self._held) if len(self._held) != 1 else self._held[0]
-        self._held.clear()
+        held = self._held
+        data = held[0] if len(held) == 1 else b"".join(held)
         try:
             for stage in self._stages:
-                data = (stage.feed(data) if data else b"") + stage.finish()
+                data = stage.whole(data)
         except Exception:
             self._end(Outcome.ABORTED, None)
             raise
@@ -327,20 +340,21 @@ class Body:
             sink.fail(failure)
 
     def _end(self, outcome: Outcome, error: CallError | None) -> None:
-        if self._ended:
+        if self._ended is not None:
             return
-        self._ended = True
+        self._ended = outcome
+        self._error = error
         self._held.clear()
         self._stages = []  # taps are closures over the call: a cycle, were they kept
         self._sink = None
         if self._more is not None:
             self._wake()
-        callbacks, self._on_end = self._on_end, []
-        for callback in callbacks:
-            callback(outcome, error)
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.body_ended(self, outcome, error)
 
     def __repr__(self) -> str:
-        state = "ended" if self._ended else "flowing" if self._sink is not None else "held"
+        state = "ended" if self._ended is not None else "flowing" if self._sink is not None else "held"
         return f"<Body {self.media_type or '-'} {state}>"
 
 
@@ -349,7 +363,7 @@ class Reply:
 
     __slots__ = ("body", "first_byte_at", "headers", "status")
 
-    def __init__(self, status: int, headers: CIMultiDict[str], body: Body) -> None:
+    def __init__(self, status: int, headers: Headers, body: Body) -> None:
         self.status = status
         self.headers = headers
         self.body = body
@@ -358,7 +372,7 @@ class Reply:
     @classmethod
     def of(cls, status: int, data: bytes, *, media_type: str = "application/json") -> Reply:
         """An answer made here, whole."""
-        headers = CIMultiDict({"content-type": media_type})
+        headers = Headers({"content-type": media_type})
         return cls(status, headers, Body.of(data, media_type=media_type))
 
     def discard(self) -> None:
@@ -367,6 +381,19 @@ class Reply:
 
     def __repr__(self) -> str:
         return f"<Reply {self.status} {self.body!r}>"
+
+
+class _Map:
+    """A transformer among the stages."""
+
+    __slots__ = ("feed", "finish")
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.feed = transformer.feed
+        self.finish = transformer.finish
+
+    def whole(self, data: bytes) -> bytes:
+        return (self.feed(data) if data else b"") + self.finish()
 
 
 class _Taps:
@@ -402,6 +429,18 @@ class _Taps:
         if self.event_taps and self._decoder is not None:
             self._show(self._decoder.finish())
         return b""
+
+    def whole(self, data: bytes) -> bytes:
+        body = self._body
+        if self.byte_taps or body.media_type != "application/json" or body.encoding:
+            if data:
+                self.feed(data)
+            self.finish()
+        elif data and len(data) <= MAX_EVENT_BYTES:
+            self._show((JsonEvent(data),))
+        elif data:
+            self._drop_all()
+        return data
 
     def _show(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Resources:
     """One object per key, made by whoever asks first and kept until nobody asks any more.
 
-    Every snapshot marks the keys that it uses; after a reload `sweep` closes what no living
-    snapshot used. A resource that has a `close()` method, sync or async, is closed by it.
+    Every snapshot marks the keys that it uses; when it has stopped, `drop_user` closes what no
+    other uses. A resource that has a `close()` method, sync or async, is closed by it.
     """
 
     def __init__(self) -> None:
@@ -39,19 +39,25 @@ class Resources:
 
     async def drop_user(self, user: int) -> None:
         """Forget that snapshot `user` uses anything, and close what nobody uses now."""
-        unused = []
-        for key, users in self._users.items():
+        for users in self._users.values():
             users.discard(user)
-            if not users:
-                unused.append(key)
+        unused = [key for key, users in self._users.items() if not users]
+        # All of them leave at once, before the first is awaited: whoever asks for one of these
+        # keys meanwhile gets a new object, and not one about to be closed.
         for key in unused:
             del self._users[key]
-            await _close(key, self._made.pop(key))
+        await _close_all({key: self._made.pop(key) for key in unused})
 
     async def close(self) -> None:
+        """Close everything. Idempotent."""
         made, self._made, self._users = self._made, {}, {}
-        for key, resource in made.items():
-            await _close(key, resource)
+        await _close_all(made)
+
+
+async def _close_all(resources: dict[Hashable, object]) -> None:
+    """Close them, newest first: one may use another that was there before it."""
+    for key, resource in reversed(resources.items()):
+        await _close(key, resource)
 
 
 async def _close(key: Hashable, resource: object) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
-import signal
-import socket
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import http_parser
 
-from sidecar.admin import Admin
+from sidecar.admin import Admin, remove_stale_socket, shown_address, why_not
 from sidecar.clock import SystemClock
 from sidecar.config import Bound, redacted
 from sidecar.edge import Edge, EdgeProtocol, EdgeServer
@@ -30,6 +28,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 4096
 FLUSH_S = 2.0
 """After aborted calls wrote their error, clients may take so long to read it."""
+FLUSH_LOOK_S = 0.01
 
 EXIT_STOPPED = 0  # asked to stop; every call had ended
 EXIT_NOT_STARTED = 1  # a port in use, a filter that did not start
@@ -69,9 +68,13 @@ class Server:
         require_extensions()
         try:
             await self._start()
-        except (OSError, TimeoutError) as error:
+        except (OSError, SidecarError) as error:  # their messages say enough; TimeoutError's too
             await self.stop()
             raise NotStarted(str(error) or type(error).__name__) from error
+        except Exception as error:
+            log.exception("start_failed")
+            await self.stop()
+            raise NotStarted(f"{type(error).__name__}: {error}") from error
         except BaseException:
             await self.stop()
             raise
@@ -91,12 +94,14 @@ class Server:
         self.snapshot = await self._new_snapshot(self._bound)
         self._edge = Edge(self.snapshot)
         self._server = EdgeServer(self._edge, self.config.http)
-        self._listener = await self._listen(self.config.listen, self._server)
+        with _listening_on(self.config.listen):
+            self._listener = await self._listen(self.config.listen, self._server)
         if self.config.admin is not None:
             self._admin = Admin(
                 state=self._get_state, metrics=self._get_metrics, config=self.effective_config
             )
-            await self._admin.start(self.config.admin)
+            with _listening_on(self.config.admin):
+                await self._admin.start(self.config.admin)
         self.state = "ready"
         # Everything made so far lives as long as the process: collections need not look at it.
         asyncio.get_running_loop().call_later(0.2, _freeze)
@@ -111,7 +116,7 @@ class Server:
         loop = asyncio.get_running_loop()
         if address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
-            _remove_stale_socket(path)
+            remove_stale_socket(path)
             self._unix_path = path
             return await loop.create_unix_server(server, str(path), backlog=BACKLOG)
         host, _, port = address.rpartition(":")
@@ -124,17 +129,11 @@ class Server:
         """Where it really listens, with the port the system chose for port 0."""
         if self._unix_path is not None or self._listener is None:
             return self.config.listen
-        host, port = self._listener.sockets[0].getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return shown_address(self._listener.sockets[0].getsockname())
 
     @property
     def admin_address(self) -> str | None:
-        if self._admin is None or not self._admin.addresses:
-            return self.config.admin
-        where = self._admin.addresses[0]
-        if isinstance(where, str):
-            return f"unix:{where}"
-        return f"[{where[0]}]:{where[1]}" if ":" in where[0] else f"{where[0]}:{where[1]}"
+        return self._admin.address if self._admin is not None else None
 
     # For the admin port
 
@@ -144,7 +143,7 @@ class Server:
     async def _get_metrics(self) -> list[FamilySnapshot]:
         return self.metrics.snapshot()
 
-    def effective_config(self) -> dict[str, Any]:
+    async def effective_config(self) -> dict[str, Any]:
         bound = self.snapshot.bound
         return redacted(bound.config, [policy.team for policy in bound.policies])
 
@@ -156,6 +155,9 @@ class Server:
         Raises what building or starting it raised; the running configuration stays live then.
         """
         new = await self._new_snapshot(bound)
+        if self.state != "ready":  # asked to stop meanwhile
+            await new.stop()
+            return
         old, self.snapshot = self.snapshot, new
         if self._edge is not None:
             self._edge.serving = new
@@ -170,41 +172,31 @@ class Server:
         self._stop_asked.set()
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the process's exit code."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.ask_to_stop)
-        try:
-            await self._stop_asked.wait()
-            return await self.drain()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        """Serve until `ask_to_stop`; the process's exit code."""
+        await self._stop_asked.wait()
+        return await self.drain()
 
     async def drain(self) -> int:
         """Stop accepting, let calls end for `drain_s`, abort the rest, close everything."""
-        log.info("draining", extra={"open_calls": self.open_calls, "drain_s": self.config.drain_s})
+        drain_s = self.snapshot.bound.config.drain_s
+        log.info("draining", extra={"open_calls": self.open_calls, "drain_s": drain_s})
         self.state = "draining"
         self._stop_listening()
         code = EXIT_STOPPED
-        stop_now = asyncio.ensure_future(self._stop_now.wait())
-        try:
-            await self._wait_for_calls(self.config.drain_s, stop_now)
-            if self.open_calls:
-                code = EXIT_AT_ONCE if self._stop_now.is_set() else EXIT_ABORTED_CALLS
-                log.warning("calls_aborted", extra={"open_calls": self.open_calls})
-                self._abort_calls()
-                await self._wait_for_calls(FLUSH_S, stop_now if not stop_now.done() else None)
-            elif self._stop_now.is_set():
-                code = EXIT_AT_ONCE
-        finally:
-            stop_now.cancel()
+        await self._wait_for_calls(drain_s)
+        if self.open_calls:
+            code = EXIT_ABORTED_CALLS
+            log.warning("calls_aborted", extra={"open_calls": self.open_calls})
+            self._abort_calls()
+            await self._flush()
         await self.stop()
-        return code
+        return EXIT_AT_ONCE if self._stop_now.is_set() else code
 
     @property
     def open_calls(self) -> int:
-        return sum(1 for each in self._connections() if each.call is not None)
+        """Calls under way whose client is still there."""
+        calls = [each.call for each in self._connections()]
+        return sum(1 for call in calls if call is not None and call.cancelled_as is None)
 
     def _connections(self) -> list[EdgeProtocol]:
         if self._server is None:
@@ -219,21 +211,36 @@ class Server:
         for connection in self._connections():
             if connection.call is None:
                 connection.force_close()
+            else:
+                connection.close()  # once its call has ended
 
-    async def _wait_for_calls(
-        self, timeout_s: float, stop_now: asyncio.Future[Any] | None
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout_s
-        while self.open_calls and (left := until - loop.time()) > 0:
-            calling = [each for each in self._connections() if not each.is_idle]
-            running = {each.running for each in calling if each.running is not None}
-            also = {stop_now} if stop_now is not None else set()
-            done, _ = await asyncio.wait(
-                running | also, timeout=left, return_when=asyncio.FIRST_COMPLETED
+    async def _wait_for_calls(self, timeout_s: float) -> None:
+        """Return when all calls have ended, after `timeout_s`, or when told to stop at once."""
+        calling = [each.running for each in self._connections() if each.call is not None]
+        tasks = [task for task in calling if task is not None]
+        if not tasks:
+            return
+        # One wait for all of them: waiting for each in turn would cost the square of their number.
+        ended = asyncio.ensure_future(asyncio.wait(tasks))
+        stop_now = asyncio.ensure_future(self._stop_now.wait())
+        try:
+            await asyncio.wait(
+                (ended, stop_now), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
-            if stop_now is not None and stop_now in done:
-                return
+        finally:
+            ended.cancel()
+            stop_now.cancel()
+
+    async def _flush(self) -> None:
+        """Give clients of aborted calls a moment to read the error, unless told to stop at once."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + FLUSH_S
+        await asyncio.sleep(0)  # the aborted calls write
+        # aiohttp tells nobody when the last connection has gone.
+        while (  # noqa: ASYNC110
+            self._connections() and loop.time() < until and not self._stop_now.is_set()
+        ):
+            await asyncio.sleep(FLUSH_LOOK_S)
 
     def _abort_calls(self) -> None:
         error = CallError(503, "shutting_down", "the sidecar is shutting down", retry_after_s=1.0)
@@ -264,6 +271,15 @@ class Server:
             self._lines = None
 
 
+@contextmanager
+def _listening_on(address: str) -> Iterator[None]:
+    """Give what fails inside the address that it failed on."""
+    try:
+        yield
+    except OSError as error:
+        raise NotStarted(f"could not listen on {address}: {why_not(error)}") from error
+
+
 def require_extensions() -> None:
     """Refuse to serve with aiohttp's pure-Python parser: ten times slower, and less strict."""
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
@@ -271,22 +287,6 @@ def require_extensions() -> None:
             "aiohttp was installed without its C extensions: install its binary wheel and unset "
             "AIOHTTP_NO_EXTENSIONS"
         )
-
-
-def _remove_stale_socket(path: Path) -> None:
-    """Remove a socket file that nobody listens on; anything else stays and raises OSError."""
-    try:
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OSError(f"{path} exists and is no socket: remove it or choose another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            os.unlink(path)
-            return
-    raise OSError(f"{path} is in use by another process")
 
 
 def _freeze() -> None:

@@ -15,10 +15,10 @@ from sidecar.call import Target
 from sidecar.chain import link_attempt, link_call
 from sidecar.clock import Clock
 from sidecar.config import Bound, BoundPolicy, FilterSpec
-from sidecar.dispatch import Dispatch
+from sidecar.dispatch import Dispatch, send
 from sidecar.errors import CallError, Rejected
 from sidecar.filter import AttemptFilter, CallFilter, Filter, Kit, KitResources
-from sidecar.metrics import Metrics
+from sidecar.metrics import Counter, Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
 from sidecar.tasks import Tasks
@@ -50,6 +50,9 @@ class Snapshot:
         self.bound = bound
         self.http = bound.config.http
         self.tasks = shared.tasks
+        self.dropped_taps: Counter = shared.metrics.counter(
+            "llm_sidecar_dropped_taps", "Observers of a body that failed and were dropped."
+        ).child()
         self.upstreams: dict[str, LiveUpstream] = {}
         self.models = Models({})
         self.callers: Callers
@@ -162,17 +165,8 @@ class Snapshot:
         taps_events = any(spec.filter_class.taps_events for spec in specs)
         call_filters: list[CallFilter] = self._make(bound.call, team.name)
         attempt_filters: list[AttemptFilter] = self._make(bound.attempt, team.name)
-        dropped = self._shared.metrics.counter(
-            "llm_sidecar_dropped_taps", "Observers of a body that failed and were dropped."
-        )
-        dispatch = Dispatch(
-            upstreams=self.upstreams,
-            models=self.models,
-            tasks=self.tasks,
-            taps_events=taps_events,
-            dropped_taps=dropped.child(),
-        )
-        dispatch.attempt_chain = link_attempt(attempt_filters, dispatch.send)
+        dispatch = Dispatch(models=self.models, taps_events=taps_events)
+        dispatch.attempt_chain = link_attempt(attempt_filters, send)
         observers = [each for each in call_filters if each.sees_refused]
         return Policy(
             team=team,

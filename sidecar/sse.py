@@ -57,7 +57,7 @@ class Event:
         """The data parsed as JSON, or None when it is not JSON (such as `[DONE]`)."""
         if self._json is _UNREAD:
             try:
-                self._json = orjson.loads(self.data)
+                self._json = orjson.loads(self._data or self.data)
             except orjson.JSONDecodeError:
                 self._json = None
         return self._json
@@ -80,8 +80,8 @@ class JsonEvent(Event):
     __slots__ = ()
 
     def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self._data = data
+        self.raw = self._data = data
+        self._json = _UNREAD
 
     @property
     def name(self) -> bytes:

@@ -41,15 +41,21 @@ def is_pattern(name: str) -> bool:
 class Models:
     """Public model names and their targets."""
 
-    __slots__ = ("_patterns", "_targets", "names")
+    __slots__ = ("_exact", "_patterns", "_targets", "names")
 
     def __init__(self, targets: Mapping[str, tuple[Target, ...]]) -> None:
         self._targets = dict(targets)
         self._patterns = Patterns(self._targets)
+        self._exact = {
+            name: (name, each) for name, each in self._targets.items() if not is_pattern(name)
+        }
         self.names = tuple(name for name in self._targets if not is_pattern(name))
 
     def find(self, model: str) -> tuple[str, tuple[Target, ...]] | None:
         """The configured name that `model` falls under, for labels, and its targets."""
+        found = self._exact.get(model)
+        if found is not None:
+            return found
         name = self._patterns.find(model)
         return None if name is None else (name, self._targets[name])
 
@@ -62,6 +68,10 @@ class Team:
     priority: str
     models: Patterns
     upstreams: frozenset[str]
+
+    @property
+    def may_use_all(self) -> bool:
+        return self.models.names == ("*",)
 
     def may_use(self, model: str) -> bool:
         return self.models.find(model) is not None

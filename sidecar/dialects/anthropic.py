@@ -5,7 +5,6 @@ Source: Anthropic API reference (Errors, Streaming messages); fields as of anthr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,7 +29,6 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 
 
 class Anthropic:
@@ -66,7 +64,7 @@ class Anthropic:
 
     def usage(self, event: Event, before: Usage | None) -> Usage | None:
         """`message_delta` is cumulative and may leave out what `message_start` said."""
-        if b'"usage"' not in event.raw or not _USAGE.search(event.raw):
+        if b'"usage"' not in event.raw:
             return before
         body = event.json()
         if not isinstance(body, dict):

@@ -5,7 +5,6 @@ Source: OpenAI API reference; error and usage fields as of openai-python 3.54.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ ERROR_TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 
 
 class OpenAI:
@@ -67,7 +65,7 @@ class OpenAI:
         return encode(orjson.dumps({"error": fields}))
 
     def usage(self, event: Event, before: Usage | None) -> Usage | None:
-        if b'"usage"' not in event.raw or not _USAGE.search(event.raw):
+        if b'"usage"' not in event.raw or b'"usage":null' in event.raw:
             return before
         body = event.json()
         if not isinstance(body, dict):
@@ -77,15 +75,21 @@ class OpenAI:
             usage = body["response"].get("usage")
         if not isinstance(usage, dict):
             return before
-        details_in = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-        details_out = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
-        return Usage(
-            input=count(usage, "prompt_tokens") or count(usage, "input_tokens"),
-            output=count(usage, "completion_tokens") or count(usage, "output_tokens"),
-            cached=count(details_in, "cached_tokens"),
-            cache_write=count(details_in, "cache_write_tokens"),
-            reasoning=count(details_out, "reasoning_tokens"),
-        )
+        if "prompt_tokens" in usage:
+            tokens_in, tokens_out = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
+            details_in = usage.get("prompt_tokens_details")
+            details_out = usage.get("completion_tokens_details")
+        else:
+            tokens_in, tokens_out = count(usage, "input_tokens"), count(usage, "output_tokens")
+            details_in = usage.get("input_tokens_details")
+            details_out = usage.get("output_tokens_details")
+        cached = cache_write = reasoning = 0
+        if details_in:
+            cached = count(details_in, "cached_tokens")
+            cache_write = count(details_in, "cache_write_tokens")
+        if details_out:
+            reasoning = count(details_out, "reasoning_tokens")
+        return Usage(tokens_in, tokens_out, cached, cache_write, reasoning)
 
     def error_in(self, event: Event) -> tuple[str, str] | None:
         if b'"error"' not in event.raw and event.name != b"error":
@@ -130,8 +134,10 @@ def model_of(body: Mapping[str, Any]) -> str:
 
 def count(fields: Any, name: str) -> int:
     """A token count from a `usage` object; 0 when it is missing or no number."""
-    value = fields.get(name) if isinstance(fields, dict) else None
-    return int(value) if isinstance(value, int | float) and value > 0 else 0
+    value = fields.get(name) if type(fields) is dict else None
+    if type(value) is int and value > 0:
+        return value
+    return int(value) if isinstance(value, float) and 0 < value < 1e15 else 0
 
 
 OPENAI = OpenAI()

@@ -23,6 +23,10 @@ from sidecar.transport.connection import Connection, Owner
 HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305, section 5
 MAX_TUNNEL_HEAD_BYTES = 16 * 1024
 
+STALE_PATIENCE_S = 0.5
+"""Who has an old address waits that long for a new one: a name server that is away is silent for
+longer than any `connect_s`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -62,7 +66,7 @@ class Proxy:
 class Resolver:
     """Names to addresses, remembered for `ttl_s`. One look-up a name at a time.
 
-    When a new look-up fails, the old answer is used on.
+    When a new look-up fails, or takes longer than `STALE_PATIENCE_S`, the old answer is used on.
     """
 
     def __init__(self, ttl_s: float) -> None:
@@ -81,12 +85,13 @@ class Resolver:
             running = loop.create_task(self._look_up(key), name=f"resolve {host}")
             self._running[key] = running
             running.add_done_callback(lambda task: self._looked_up(key, task))
-        try:
+        if known is None:
             return await asyncio.shield(running)
-        except OSError:
-            if known is not None:
-                return known[1]
-            raise
+        try:
+            async with asyncio.timeout(STALE_PATIENCE_S):
+                return await asyncio.shield(running)
+        except OSError:  # which TimeoutError is too
+            return known[1]
 
     def _looked_up(self, key: tuple[str, int], task: asyncio.Task[list[AddrInfoType]]) -> None:
         self._running.pop(key, None)
@@ -120,9 +125,10 @@ class Connector:
         self._tls = tls  # made at the first connection: loading a CA bundle takes 20 ms
         self._server_name = server_name or origin.host
         self._proxy = proxy
+        self._proxy_tls: ssl.SSLContext | None = None  # as late as the other, and for https:// only
 
     async def connect(self, owner: Owner) -> Connection:
-        """An open connection, TLS included. Raises `UpstreamError`; the caller sets a time limit."""
+        """An open connection, TLS included. Raises `UpstreamError`; the caller limits the time."""
         loop = asyncio.get_running_loop()
         origin = self._origin
         connection = Connection(loop, owner)
@@ -145,7 +151,7 @@ class Connector:
     async def _open_socket(self, origin: Origin) -> socket.socket:
         try:
             infos = await self._addresses(origin)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name that IDNA cannot write is UnicodeError
             message = "the upstream's name could not be resolved"
             raise UpstreamError(
                 Phase.RESOLVE, Retry.SAME, "upstream_unresolved", message
@@ -193,11 +199,10 @@ class Connector:
     ) -> None:
         loop = asyncio.get_running_loop()
         tunnel = _Tunnel(loop)
-        proxy_context = None
-        if proxy.origin.scheme == "https":
-            proxy_context = ssl.create_default_context()
+        if proxy.origin.scheme == "https" and self._proxy_tls is None:
+            self._proxy_tls = ssl.create_default_context()
         sock = await self._open_socket(proxy.origin)
-        transport = await self._start(sock, tunnel, proxy_context, proxy.origin.host)
+        transport = await self._start(sock, tunnel, self._proxy_tls, proxy.origin.host)
         try:
             host = f"[{self._origin.host}]" if ":" in self._origin.host else self._origin.host
             where = f"{host}:{self._origin.port}"

@@ -11,10 +11,10 @@ from time import monotonic
 from typing import Protocol
 
 import httptools
-from multidict import CIMultiDict
 
 from sidecar.call import Timeouts, Upload
 from sidecar.errors import CallError, Phase, Retry, UpstreamError
+from sidecar.headers import Headers, RawFields
 from sidecar.reply import Body, Reply
 
 MAX_HEAD_BYTES = 128 * 1024
@@ -23,15 +23,15 @@ READ_BYTES = 64 * 1024
 
 HOP_BY_HOP = frozenset(
     {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
     }
 )
 """Fields of one connection, never passed on (RFC 9110, 7.6.1)."""
@@ -98,7 +98,7 @@ class Connection(asyncio.BufferedProtocol):
         self._waiter: asyncio.Future[Reply] | None = None
         self._upload: asyncio.Task[None] | None = None
         self._pieces: list[bytes] = []
-        self._headers: list[tuple[str, str]] = []
+        self._headers: RawFields = []
         self._reset()
 
     def _reset(self) -> None:
@@ -120,7 +120,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # The exchange
 
-    async def exchange(
+    def begin(
         self,
         method: str,
         head: bytes,
@@ -128,11 +128,11 @@ class Connection(asyncio.BufferedProtocol):
         upload: Upload | None,
         timeouts: Timeouts,
         total_at: float,
-    ) -> Reply:
-        """Send one request and return its reply once the first byte of the body is here.
+    ) -> asyncio.Future[Reply]:
+        """Send one request; the future is done once the first byte of the reply's body is here.
 
-        Raises `UpstreamError`; `Unsent` when the connection turned out to be closed before
-        anything was written. Cancelled, it closes the connection.
+        It fails with `UpstreamError`. Whoever stops waiting for it must call `give_up`. Raises
+        `Unsent` when the connection turned out to be closed before anything was written.
         """
         transport = self.transport
         if transport is None or transport.is_closing():
@@ -144,20 +144,21 @@ class Connection(asyncio.BufferedProtocol):
         waiter = self._waiter = loop.create_future()
         if upload is None:
             transport.write(head + body if body else head)
-            self._arm(timeouts.first_byte_s)
         else:
             transport.write(head)
-            self._arm(timeouts.first_byte_s)
             self._upload = loop.create_task(self._send_upload(upload, timeouts.first_byte_s))
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            # The answer may have come in the same turn, and the connection be another's by now.
-            if self._waiter is waiter:
-                self.abort()
-            elif not waiter.cancelled() and waiter.exception() is None:
-                waiter.result().discard()
-            raise
+        self._arm(timeouts.first_byte_s)
+        return waiter
+
+    def give_up(self, waiter: asyncio.Future[Reply]) -> None:
+        """Close the connection, since nobody waits for the exchange of `waiter` any more.
+
+        The answer may have come in the same turn, and the connection be another's by now.
+        """
+        if self._waiter is waiter:
+            self.abort()
+        elif not waiter.cancelled() and waiter.exception() is None:
+            waiter.result().discard()
 
     async def _send_upload(self, upload: Upload, first_byte_s: float) -> None:
         """Stream a request body, chunked; an early answer or a failure ends it."""
@@ -169,9 +170,12 @@ class Connection(asyncio.BufferedProtocol):
                 transport.write(b"%x\r\n%b\r\n" % (len(data), data))
                 if self._writable is not None:
                     await self._writable
-                self._arm(first_byte_s)  # counts from the last byte written
+                if self._waiter is not None:
+                    self._arm(first_byte_s)  # counts from the last byte written
             if self.transport is not None:
                 self.transport.write(b"0\r\n\r\n")
+                if self._waiter is not None:
+                    self._arm(first_byte_s)
         except CallError as error:  # the client's body is too large, or broke off
             self._fail_exchange(error)
         except Exception as error:
@@ -240,7 +244,7 @@ class Connection(asyncio.BufferedProtocol):
             phase = Phase.SEND if self._reply is None else Phase.BODY
             self._fail_exchange(_timeout(phase, "the upstream took too long in total"))
         elif self._waiter is not None:
-            phase = Phase.SEND if self._reply is None else Phase.HEAD
+            phase = Phase.HEAD if self._head_bytes else Phase.SEND
             self._fail_exchange(_timeout(phase, "the upstream did not answer in time"))
         elif self._paused:
             self._arm(self._silence_s)
@@ -260,11 +264,13 @@ class Connection(asyncio.BufferedProtocol):
         return _READ_BUFFER
 
     def buffer_updated(self, count: int) -> None:
-        if self._is_poisoned:
+        if self._waiter is None and self._body is None:
+            # Nobody asked: an idle connection that gets bytes, such as a 408 before its close.
+            self._is_poisoned = True
+            if self.transport is not None:
+                self.transport.abort()
             return
         self._last_read = self._loop.time()
-        if self._reply is None:
-            self._head_bytes += count
         try:
             self._parser.feed_data(_READ_BUFFER[:count])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -272,10 +278,14 @@ class Connection(asyncio.BufferedProtocol):
                 self._flush()
                 self._broken(error)
                 return
-        if self._reply is None and self._head_bytes > MAX_HEAD_BYTES:
-            self._broken(None)
-            return
+        if not self._pieces:  # head, trailers or chunk extensions: bytes that nobody else bounds
+            self._head_bytes += count
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._broken(None)
+                return
         if self._is_done:
+            if self._is_head_request and bytes(_READ_BUFFER[count - 4 : count]) != b"\r\n\r\n":
+                self._is_reusable = False  # a body that must not be there follows
             self._complete()
         else:
             self._flush()
@@ -294,6 +304,7 @@ class Connection(asyncio.BufferedProtocol):
         data = self._take_pieces()
         body = self._body
         if data and body is not None:
+            self._head_bytes = 0
             if self._waiter is not None:
                 self._answer()
                 self._arm(self._silence_s)
@@ -392,11 +403,10 @@ class Connection(asyncio.BufferedProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_done:
             return
-        field = (name.lower().decode("latin-1"), value.decode("utf-8", "surrogateescape"))
         if self._reply is None:
-            self._headers.append(field)
+            self._headers.append((name.lower(), value))
         elif self._body is not None and len(self._body.trailers) < MAX_TRAILERS:
-            self._body.trailers.append(field)
+            self._body.trailers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -412,31 +422,32 @@ class Connection(asyncio.BufferedProtocol):
         media_type = encoding = ""
         length: int | None = None
         is_chunked = False
-        dropped: set[str] | None = None  # fields that the far side calls hop-by-hop
-        kept: list[tuple[str, str]] = []
+        dropped: list[bytes] = []  # fields that the far side calls hop-by-hop
+        kept: RawFields = []
         for field in fields:
             name, value = field
-            if name == "content-type":
-                media_type = value.partition(";")[0].strip().lower()
-            elif name == "content-length":
+            if name == b"content-length":
                 length = int(value)
-            elif name == "content-encoding":
-                encoding = value.strip().lower()
+                continue  # written with the body, if it is passed on as it is
+            if name == b"content-type":
+                media_type = value.partition(b";")[0].strip().lower().decode("latin-1")
+            elif name == b"content-encoding":
+                encoding = value.strip().lower().decode("latin-1")
             elif name in HOP_BY_HOP:
-                if name == "transfer-encoding":
+                if name == b"transfer-encoding":
                     is_chunked = True
-                elif name == "connection":
-                    dropped = {each.strip() for each in value.lower().split(",")}
+                elif name == b"connection":
+                    dropped += [each.strip() for each in value.lower().split(b",")]
                 continue
             kept.append(field)
-        if dropped is not None:
+        if dropped:
             kept = [field for field in kept if field[0] not in dropped]
         has_body = not (self._is_head_request or status in (204, 304))
         self._is_until_close = has_body and length is None and not is_chunked
         body = self._body = Body(
-            self, media_type=media_type, encoding=encoding, length=length if has_body else None
+            self, media_type=media_type, encoding=encoding, length=length
         )
-        self._reply = Reply(status, CIMultiDict(kept), body)
+        self._reply = Reply(status, Headers.of_raw(kept), body)
         if self._is_head_request:
             # llhttp would wait for the body that Content-Length speaks of.
             self._is_reusable = self._parser.should_keep_alive()

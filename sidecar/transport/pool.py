@@ -54,16 +54,17 @@ class Pool:
         Raises `UpstreamError`.
         """
         phase = Phase.CONNECT
+        has_waited = False
         try:
             async with asyncio.timeout(timeout_s):
-                while len(self._open) + self._connecting >= self._max:
-                    if self._idle:  # only when a fresh one is wanted: an idle one makes room
-                        self._drop(self._idle.pop(0))
-                        continue
+                while not self._take_place():
                     phase = Phase.POOL
-                    connection = await self._wait()
-                    if connection is not None and connection.is_open:
+                    connection = await self._wait(is_first=has_waited)
+                    if connection is None:
+                        break
+                    if connection.is_open:
                         return connection, True
+                    has_waited = True  # it closed while it was handed over: no fault of ours
                 phase = Phase.CONNECT
                 return await self._open_one(), False
         except TimeoutError as error:
@@ -100,36 +101,64 @@ class Pool:
         poll.register(sock.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
-    async def _wait(self) -> Connection | None:
-        """Wait for a connection, or (None) for room to open one."""
+    # Places: one for each connection that is open or being opened
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._open) + self._connecting >= self._max
+
+    def _take_place(self) -> bool:
+        """Take a place for `_open_one`, if there is one or an idle connection can make room."""
+        if self._is_full and self._idle:  # only when a fresh one is wanted
+            self._drop(self._idle.pop(0))
+        if self._is_full:
+            return False
+        self._connecting += 1
+        return True
+
+    def _offer_places(self) -> None:
+        """Give free places to those who wait: taken in their name, so that nobody overtakes."""
+        while self._waiters and not self._is_full:
+            if self._wake_one(None):
+                self._connecting += 1
+
+    async def _wait(self, *, is_first: bool) -> Connection | None:
+        """Wait for a connection, or (None) for a place that is ours already."""
         waiter: asyncio.Future[Connection | None] = self._loop.create_future()
-        self._waiters.append(waiter)
+        if is_first:
+            self._waiters.appendleft(waiter)
+        else:
+            self._waiters.append(waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                connection = waiter.result()
-                if connection is not None and connection.is_open:
-                    self.released(connection)
-                else:
-                    self._wake_one(None)
+            if waiter.cancelled():
+                try:
+                    self._waiters.remove(waiter)
+                except ValueError:
+                    pass  # passed over in the turn that cancelled it
             else:
-                self._waiters.remove(waiter)
+                self._give_back(waiter.result())
             raise
 
+    def _give_back(self, connection: Connection | None) -> None:
+        if connection is None:
+            self._connecting -= 1
+            self._offer_places()
+        elif connection.is_open:
+            self.released(connection)
+
     async def _open_one(self) -> Connection:
-        self._connecting += 1
+        """Open a connection in a place that was taken."""
         connection = None
         try:
             connection = await self._connect(self)
-            self._open.add(connection)
+            if connection.is_open:  # else it is closed again, and `closed` was told before
+                self._open.add(connection)
+            return connection
         finally:
             self._connecting -= 1
-            if connection is None:
-                self._wake_one(None)
-        if not connection.is_open:
-            self._open.discard(connection)
-        return connection
+            self._offer_places()
 
     def _wake_one(self, connection: Connection | None) -> bool:
         while self._waiters:
@@ -156,7 +185,7 @@ class Pool:
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
-        self._wake_one(None)
+        self._offer_places()
 
     def _sweep(self) -> None:
         """Close what was idle for too long; runs only while something is idle."""

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 from collections.abc import Callable
+from time import monotonic
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
-
-from multidict import CIMultiDict
+from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
+    getproxies_environment,
+    proxy_bypass_environment,
+)
 
 from sidecar.call import Attempt, Timeouts
 from sidecar.config.schema import TlsSettings, UpstreamSettings
 from sidecar.config.secret import Secret
 from sidecar.dialects import DIALECTS, Dialect
 from sidecar.errors import Phase, Rejected, Retry, UpstreamError
+from sidecar.headers import Headers, lines
 from sidecar.reply import Reply
+from sidecar.sse import EventTooLarge
 from sidecar.transport.connect import Connector, Origin, Proxy, Resolver
 from sidecar.transport.connection import NoAnswer, Unsent
 from sidecar.transport.pool import Pool
 
 REPLAYABLE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 """Idempotent methods (RFC 9110, 9.2.2): sent again when a kept connection closed without answer."""
+
+
+BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "TRACE"})
+"""A request by these says nothing of its body when it has none."""
 
 
 class LiveUpstream:
@@ -43,12 +52,13 @@ class LiveUpstream:
         self.scheme = origin.scheme
         self.base_path = base_path
         self.pool = pool
-        self.extra_headers = tuple(settings.headers.items())
-        self.waits_for_event = settings.wait_for == "event"
+        self.extra_headers = dict(settings.headers)
+        self._waits_for_event = settings.wait_for == "event"
         self.timeouts = Timeouts(**settings.timeouts.model_dump())
         default = 443 if origin.scheme == "https" else 80
         host = f"[{origin.host}]" if ":" in origin.host else origin.host
         self.host = host if origin.port == default else f"{host}:{origin.port}"
+        self._host_line = f"host: {self.host}\r\n".encode("latin-1")
 
     def __repr__(self) -> str:
         return f"<Upstream {self.name} {self.pool!r}>"
@@ -57,63 +67,99 @@ class LiveUpstream:
         """Write the attempt, and return its reply once the first byte of the body is here.
 
         A kept connection that turns out to be closed is replaced when nothing was sent on it, or
-        when the request may be repeated. Raises `UpstreamError`.
+        when the request may be repeated. Raises `UpstreamError`. Cancelled, it closes the
+        connection at once.
         """
-        method = attempt.method
+        method, upload, timeouts = attempt.method, attempt.upload, attempt.timeouts
+        body = attempt.body
         head = request_head(
-            method,
-            attempt.path,
-            self.host,
-            attempt.headers,
-            None if attempt.upload is not None else len(attempt.body),
+            method, attempt.path, self._host_line, attempt.headers, None if upload else len(body)
         )
-        timeouts = attempt.timeouts
         total_at = attempt.started_at + timeouts.total_s
-        fresh = False
+        may_keep = True
         while True:
-            connection = None if fresh else self.pool.take_idle()
-            is_reused = connection is not None
+            connection = self.pool.take_idle() if may_keep else None
+            is_kept = connection is not None
             if connection is None:
-                connection, is_reused = await self.pool.acquire(timeouts.connect_s)
+                within_s = min(timeouts.connect_s, total_at - monotonic())
+                connection, is_kept = await self.pool.acquire(within_s)
             try:
-                return await connection.exchange(
-                    method, head, attempt.body, attempt.upload, timeouts, total_at
-                )
+                waiter = connection.begin(method, head, body, upload, timeouts, total_at)
             except Unsent:
-                if not is_reused:
-                    message = "the upstream closed the connection at once"
-                    raise UpstreamError(
-                        Phase.CONNECT, Retry.SAME, "upstream_closed", message
-                    ) from None
+                if is_kept:
+                    continue
+                message = "the upstream closed the connection at once"
+                raise UpstreamError(
+                    Phase.CONNECT, Retry.SAME, "upstream_closed", message
+                ) from None
+            try:
+                reply = await waiter
             except NoAnswer:
                 may_repeat = method in REPLAYABLE or "idempotency-key" in attempt.headers
-                if not (is_reused and may_repeat and attempt.upload is None):
+                if not (is_kept and may_repeat and upload is None):
                     raise
-                fresh = True
+                may_keep = False
+                continue
+            except asyncio.CancelledError:
+                connection.give_up(waiter)
+                raise
+            attempt.first_byte_at = reply.first_byte_at
+            if self._waits_for_event and reply.status == 200 and reply.body.is_stream:
+                await self._refuse_error_event(attempt, reply)
+            return reply
+
+    async def _refuse_error_event(self, attempt: Attempt, reply: Reply) -> None:
+        """Raise when the first event of a 200 is an error, so that another target may be tried."""
+        try:
+            async with asyncio.timeout(attempt.timeouts.first_byte_s):
+                event = await reply.body.first_event()
+        except EventTooLarge:
+            return  # no error is that long
+        except asyncio.CancelledError:
+            reply.discard()
+            raise
+        except UpstreamError as error:  # nothing was passed on yet, so it may be tried again
+            raise UpstreamError(
+                Phase.FIRST_EVENT, Retry.SAME, error.code, error.message, status=error.status
+            ) from error
+        except TimeoutError as error:
+            reply.discard()
+            text = "the upstream sent no first event in time"
+            raise UpstreamError(
+                Phase.FIRST_EVENT, Retry.SAME, "upstream_timeout", text, status=504
+            ) from error
+        found = self.dialect.error_in(event) if event is not None else None
+        if found is not None:
+            reply.discard()
+            code, message = found
+            text = f"the upstream answered 200 and then an error ({code}): {message}"
+            raise UpstreamError(
+                Phase.FIRST_EVENT, Retry.SAME, "upstream_error_event", text[:500]
+            )
 
 
 def request_head(
-    method: str, path: str, host: str, headers: CIMultiDict[str], body_bytes: int | None
+    method: str, path: str, host_line: bytes, headers: Headers, body_bytes: int | None
 ) -> bytes:
     """A request's head as bytes; `body_bytes` None: the body is chunked.
 
-    Raises `Rejected` (400) when a field holds a line end or NUL, whoever put it there.
+    Raises `Rejected` (400) when the path could end the line; `Headers` sees to the fields.
     """
-    lines = [f"{method} {path} HTTP/1.1\r\nhost: {host}\r\n"]
-    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-    count = len(headers) + 3
+    if not (path.isascii() and path.isprintable()) or " " in path:
+        raise Rejected(400, "invalid_path", "the path must be percent-encoded ASCII")
     if body_bytes is None:
-        lines.append("transfer-encoding: chunked\r\n\r\n")
-        count += 1
-    elif body_bytes or method not in ("GET", "HEAD", "DELETE", "OPTIONS", "TRACE"):
-        lines.append(f"content-length: {body_bytes}\r\n\r\n")
-        count += 1
+        framing = b"transfer-encoding: chunked\r\n"
+    elif body_bytes or method not in BODILESS_METHODS:
+        framing = b"content-length: %d\r\n" % body_bytes
     else:
-        lines.append("\r\n")
-    text = "".join(lines)
-    if text.count("\n") != count or text.count("\r") != count or "\0" in text:
-        raise Rejected(400, "invalid_header", "a header field holds a line end or a NUL")
-    return text.encode("utf-8", "surrogateescape")
+        framing = b""
+    return b"%b %b HTTP/1.1\r\n%b%b%b\r\n" % (
+        method.encode(),
+        path.encode(),
+        host_line,
+        lines(headers.raw()),
+        framing,
+    )
 
 
 def parse_base_url(base_url: str) -> tuple[Origin, str]:

@@ -1,0 +1,218 @@
+"""The admin port: health, figures, the effective configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar import admin as admin_module
+from sidecar.admin import Admin, remove_stale_socket, why_not
+from sidecar.config import bind, load_config
+from sidecar.metrics import FamilySnapshot, Metrics
+from sidecar.server import Server
+from tests.support.process import write_config
+
+
+class Served:
+    """What an admin port is given to tell."""
+
+    def __init__(self) -> None:
+        self.state = "ready"
+        self.metrics = Metrics()
+        self.admin = Admin(state=self.get_state, metrics=self.get_metrics, config=self.get_config)
+
+    async def get_state(self) -> str:
+        return self.state
+
+    async def get_metrics(self) -> list[FamilySnapshot]:
+        return self.metrics.snapshot()
+
+    async def get_config(self) -> dict[str, Any]:
+        return {"config": {"path": Path("/etc")}}
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    served = Served()
+    await served.admin.start("127.0.0.1:0")
+    yield served
+    await served.admin.stop()
+
+
+@pytest.fixture
+async def session(served: Served) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(base_url=f"http://{served.admin.address}") as session:
+        yield session
+
+
+@pytest.mark.parametrize(("state", "status"), [("ready", 200), ("starting", 503), ("draining", 503)])
+async def test_readyz_says_whether_calls_are_served_and_why_not(
+    served: Served, session: aiohttp.ClientSession, state: str, status: int
+) -> None:
+    served.state = state
+    async with session.get("/readyz") as answer:
+        assert (answer.status, await answer.json()) == (status, {"status": state})
+    async with session.get("/livez") as answer:
+        assert (answer.status, await answer.json()) == (200, {"status": "alive"})
+
+
+async def test_metrics_are_prometheus_text_or_openmetrics_as_the_scraper_asks(
+    served: Served, session: aiohttp.ClientSession
+) -> None:
+    served.metrics.counter("calls", "Calls.", ("model",)).child("gpt").inc(3)
+    async with session.get("/metrics") as answer:
+        assert answer.content_type == "text/plain"
+        (family,) = text_string_to_metric_families(await answer.text())
+        assert [(each.name, each.value) for each in family.samples] == [("calls_total", 3)]
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    async with session.get("/metrics", headers={"accept": accept}) as answer:
+        assert answer.content_type == "application/openmetrics-text"
+        (family,) = parse_openmetrics(await answer.text())
+        assert (family.type, family.samples[0].value) == ("counter", 3)
+
+
+async def test_figures_as_data_are_what_another_process_adds_up(
+    served: Served, session: aiohttp.ClientSession
+) -> None:
+    served.metrics.counter("calls", "Calls.", ("model",)).child("gpt").inc(3)
+    async with session.get("/metrics.json") as answer:
+        (family,) = await answer.json()
+    assert (family["kind"], family["samples"]) == ("counter", [[["gpt"], 3.0]])
+
+
+async def test_the_loop_turns_while_a_scrape_is_written(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def encode(registry: CollectorRegistry) -> bytes:
+        begun.set()
+        assert may_end.wait(20)
+        return b"# EOF\n"
+
+    monkeypatch.setattr(admin_module, "choose_encoder", lambda accept: (encode, "text/plain"))
+    scrape = asyncio.ensure_future(session.get("/metrics"))
+    assert await asyncio.to_thread(begun.wait, 20)
+    async with session.get("/livez") as answer:  # answered although the encoder still runs
+        assert answer.status == 200
+    assert not scrape.done()
+    may_end.set()
+    async with await scrape as answer:
+        assert await answer.read() == b"# EOF\n"
+
+
+async def test_an_unknown_path_is_404_and_another_method_405(
+    session: aiohttp.ClientSession,
+) -> None:
+    for path in ("/", "/v1/chat/completions", "/metrics/x"):
+        async with session.get(path) as answer:
+            assert answer.status == 404
+    async with session.post("/config") as answer:
+        assert answer.status == 405
+
+
+async def test_answers_are_not_cached(session: aiohttp.ClientSession) -> None:
+    for path in ("/livez", "/readyz", "/config"):
+        async with session.get(path) as answer:
+            assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_config_shows_references_and_no_secret_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANARY_KEY", "canary-value-1")
+    (tmp_path / "team_key").write_text("canary-value-2")
+    (tmp_path / "a.yaml").write_text("team: a\nkeys: [file:team_key]\n")
+    config = write_config(tmp_path, "teams: a.yaml\nlog: {access: 'off'}\n")
+    text = config.read_text().replace(
+        "dialect: openai,", "dialect: openai, sign: {scheme: bearer, key: env:CANARY_KEY},", 1
+    )
+    config.write_text(text)
+    server = Server(bind(load_config(config)))
+    await server.start()
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{server.admin_address}/config") as answer,
+        ):
+            shown = await answer.text()
+    finally:
+        await server.stop()
+    assert "canary-value" not in shown
+    assert "env:CANARY_KEY" in shown
+    assert "file:" in shown
+
+
+async def test_admin_none_opens_no_port(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "log: {access: 'off'}\n")
+    config.write_text(config.read_text().replace("admin: 127.0.0.1:0", "admin: null"))
+    server = Server(bind(load_config(config)))
+    await server.start()
+    assert server.state == "ready"
+    assert server.admin_address is None
+    await server.stop()
+
+
+async def test_a_unix_socket_is_served_and_its_file_removed_at_the_end(tmp_path: Path) -> None:
+    path, served = tmp_path / "admin.sock", Served()
+    await served.admin.start(f"unix:{path}")
+    assert served.admin.address == f"unix:{path}"
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+        session.get("http://admin/livez") as answer,
+    ):
+        assert answer.status == 200
+    await served.admin.stop()
+    await served.admin.stop()  # idempotent
+    assert not path.exists()
+
+
+async def test_a_file_that_is_no_socket_is_kept(tmp_path: Path) -> None:
+    path, served = tmp_path / "precious", Served()
+    path.write_text("data")
+    with pytest.raises(OSError, match="is no socket"):
+        await served.admin.start(f"unix:{path}")
+    await served.admin.stop()
+    assert path.read_text() == "data"
+
+
+async def test_a_port_in_use_raises_os_error() -> None:
+    served = Served()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(OSError, match="address") as caught:
+            await served.admin.start(f"127.0.0.1:{taken.getsockname()[1]}")
+    assert why_not(caught.value) == "Address already in use"
+    await served.admin.stop()
+
+
+def test_a_socket_file_nobody_listens_on_is_removed_and_one_in_use_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    remove_stale_socket(path)  # nothing there: nothing to do
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(OSError, match="in use by another process"):
+            remove_stale_socket(path)
+    assert path.is_socket()
+    remove_stale_socket(path)
+    assert not path.exists()
+
+
+def test_reasons_are_short() -> None:
+    assert why_not(FileNotFoundError(2, "could not bind: no such file")) == (
+        "No such file or directory"
+    )
+    assert why_not(socket.gaierror(-2, "Name or service not known")) == "Name or service not known"
+    assert why_not(OSError("/x is in use by another process")) == "/x is in use by another process"

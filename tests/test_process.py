@@ -1,0 +1,303 @@
+"""What a start prints, and several workers on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar.config import bind, load_config
+from sidecar.process import Supervisor, Worker, banner, reserve_port
+from sidecar.server import NotStarted
+from tests.support.process import (
+    PATIENCE_S,
+    HeldUpstream,
+    SidecarProcess,
+    becomes,
+    finished,
+    serving,
+    write_config,
+)
+
+CALL = {"model": "gpt", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """Every request on a connection of its own, so that the system chooses a worker each time."""
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield session
+
+
+# The banner
+
+
+async def bash(line: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", line),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    async with asyncio.timeout(PATIENCE_S):
+        out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
+
+
+async def test_the_curl_line_it_prints_streams_an_answer(tmp_path: Path) -> None:
+    async with serving(write_config(tmp_path)) as sidecar:
+        answer = await bash(sidecar.curl)
+        assert answer.startswith("data: {")
+        assert answer.endswith("data: [DONE]\n\n")
+
+
+async def test_the_curl_line_works_for_a_unix_socket_and_the_other_dialect(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace("gpt: [openai], claude", "it's"))
+    async with serving(config, "--listen", f"unix:{folder}/llm.sock") as sidecar:
+        answer = await bash(sidecar.curl)
+        assert answer.startswith("event: message_start\n")
+        assert "event: message_stop\n" in answer
+
+
+def test_the_banner_asks_for_a_team_key_where_teams_have_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("team: a\nkeys: ['sha256:" + "0" * 64 + "']\n")
+    config = bind(load_config(write_config(tmp_path, "teams: a.yaml\n"))).config
+    assert "Bearer YOUR_TEAM_KEY" in banner(config, "127.0.0.1:1", None)
+    assert banner(config, "127.0.0.1:1", None).startswith("sidecar listens on 127.0.0.1:1\n")
+
+
+# Workers
+
+
+async def figures(session: aiohttp.ClientSession, sidecar: SidecarProcess) -> dict[str, float]:
+    """The sum of each metric over its labels."""
+    async with session.get(f"{sidecar.admin_url}/metrics") as answer:
+        text = await answer.text()
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return totals
+
+
+async def is_ready(session: aiohttp.ClientSession, sidecar: SidecarProcess) -> bool:
+    async with session.get(f"{sidecar.admin_url}/readyz") as answer:
+        return answer.status == 200
+
+
+async def call(session: aiohttp.ClientSession, sidecar: SidecarProcess, count: int) -> None:
+    async def one() -> None:
+        async with session.post(f"{sidecar.url}/v1/chat/completions", json=CALL) as answer:
+            assert answer.status == 200
+            await answer.read()
+
+    await asyncio.gather(*(one() for _ in range(count)))
+
+
+def workers_of(sidecar: SidecarProcess) -> list[int]:
+    """The ids of its child processes."""
+    pid = sidecar.process.pid
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def open_connections(pid: int) -> set[str]:
+    """The inodes of a process's sockets."""
+    links = (os.readlink(f"/proc/{pid}/fd/{each}") for each in os.listdir(f"/proc/{pid}/fd"))
+    return {link for link in links if link.startswith("socket:")}
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+async def test_two_workers_share_a_port_add_up_their_figures_and_replace_one_that_died(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    async with serving(write_config(tmp_path), "--workers", "2") as sidecar:
+        first, second = workers_of(sidecar)
+        await call(session, sidecar, 40)
+        totals = await figures(session, sidecar)
+        assert totals["llm_api_requests_total"] == 40
+        assert totals["llm_api_request_latency_seconds_count"] == 40
+        async with session.get(f"{sidecar.admin_url}/config") as answer:
+            assert "upstreams" in (await answer.json())["config"]
+
+        os.kill(first, signal.SIGKILL)
+        died = await sidecar.event("worker_died")
+        assert died["code"] == -signal.SIGKILL
+        await call(session, sidecar, 10)  # by the one that is left
+        assert (await figures(session, sidecar))["llm_api_requests_total"] == 50
+        await becomes(lambda: is_ready(session, sidecar))
+        assert len(workers_of(sidecar)) == 2
+        assert first not in workers_of(sidecar)
+        await call(session, sidecar, 40)
+        assert (await figures(session, sidecar))["llm_api_requests_total"] == 90
+
+        assert await sidecar.end() == 0
+        assert not sidecar.errors
+        assert has_ended(second)
+
+
+async def test_calls_over_many_connections_reach_both_workers(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    async with HeldUpstream(hold_head=True) as upstream:
+        config = write_config(tmp_path, upstream=upstream.address)
+        async with serving(config, "--workers", "2") as sidecar:
+            idle = {pid: len(open_connections(pid)) for pid in workers_of(sidecar)}
+            calls = asyncio.ensure_future(call(session, sidecar, 30))
+            await upstream.has_got(30)
+            busy = {pid: len(open_connections(pid)) for pid in workers_of(sidecar)}
+            assert all(busy[pid] > idle[pid] for pid in idle)
+            sidecar.tell(signal.SIGTERM)  # all of them drain
+            await sidecar.event("draining", 2)
+            async with session.get(f"{sidecar.admin_url}/readyz") as answer:
+                assert (answer.status, await answer.json()) == (503, {"status": "draining"})
+            upstream.release()
+            await calls
+            assert await sidecar.wait() == 0
+
+
+async def test_workers_end_by_themselves_when_their_parent_is_killed(tmp_path: Path) -> None:
+    async with serving(write_config(tmp_path), "--workers", "2") as sidecar:
+        workers = workers_of(sidecar)
+        sidecar.process.kill()
+
+        async def all_ended() -> bool:
+            return all(has_ended(pid) for pid in workers)
+
+        await becomes(all_ended)
+
+
+async def test_a_second_signal_ends_all_workers_at_once_with_130(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    async with HeldUpstream() as upstream:
+        config = write_config(tmp_path, upstream=upstream.address)
+        async with serving(config, "--workers", "2") as sidecar:
+            answer = await session.post(
+                f"{sidecar.url}/v1/chat/completions", json={**CALL, "stream": True}
+            )
+            await answer.content.readuntil(b"\n\n")
+            sidecar.tell(signal.SIGINT)
+            await sidecar.event("draining", 2)
+            assert await sidecar.end(signal.SIGINT) == 130
+            answer.close()
+
+
+async def test_workers_on_a_port_in_use_exit_1_with_one_clear_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another sidecar's
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = str(write_config(tmp_path))
+        result = await finished("run", "--config", config, "--workers", "2", "--listen", address)
+    assert result.code == 1
+    assert result.err == (
+        f"sidecar could not start: could not listen on {address}: Address already in use"
+    )
+
+
+async def test_workers_that_cannot_start_end_the_start(tmp_path: Path) -> None:
+    config = write_config(tmp_path, f"log: {{access: '{tmp_path}/none/access.log'}}\n")
+    result = await finished("run", "--config", str(config), "--workers", "2")
+    assert result.code == 1
+    assert "none/access.log" in result.err
+    assert "a worker did not become ready" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_several_workers_on_a_unix_socket_are_refused() -> None:
+    with pytest.raises(NotStarted, match="set workers to 1"):
+        reserve_port("unix:/run/llm.sock")
+
+
+def test_a_reserved_port_is_free_for_listeners_that_share_it() -> None:
+    with reserve_port("127.0.0.1:0") as held, socket.socket() as worker:
+        worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        worker.bind(held.getsockname())
+        worker.listen()
+        with socket.create_connection(worker.getsockname()) as client:
+            connection, _ = worker.accept()
+            connection.close()
+            assert client.recv(1) == b""
+
+
+# Figures of workers that die while they are asked
+
+
+def counted(value: float) -> list[Any]:
+    return [
+        {
+            "kind": "counter",
+            "name": "calls",
+            "help": "",
+            "labels": [],
+            "bounds": [],
+            "samples": [[[], value]],
+        }
+    ]
+
+
+class FakeProcess:
+    returncode: int | None = None
+
+
+async def test_figures_of_a_worker_that_died_while_it_was_asked_are_not_counted_twice() -> None:
+    worker = Worker(0, "/nowhere.sock")
+    worker.process = FakeProcess()  # type: ignore[assignment]
+    worker.figures = counted(5)
+
+    async def ask(path: str) -> tuple[int, Any]:
+        worker.process = FakeProcess()  # type: ignore[assignment]
+        worker.figures = []  # retired by who watches it
+        return 200, counted(6)
+
+    worker.ask = ask  # type: ignore[method-assign]
+    await worker.refresh()
+    assert worker.figures == []
+
+
+async def test_a_worker_that_does_not_answer_keeps_its_last_figures(tmp_path: Path) -> None:
+    bound = bind(load_config(write_config(tmp_path, "workers: 2\n")))
+    supervisor = Supervisor(tmp_path / "config.yaml", bound)
+    first, second = supervisor._workers
+    first.figures, second.figures = counted(2), counted(3)
+    (family,) = await supervisor.metrics()
+    assert family["samples"] == [([], 5)]
+
+
+async def test_readiness_means_that_every_worker_is_ready(tmp_path: Path) -> None:
+    bound = bind(load_config(write_config(tmp_path, "workers: 2\n")))
+    supervisor = Supervisor(tmp_path / "config.yaml", bound)
+    answers = [200, 0]
+
+    def answering(number: int) -> Any:
+        async def ask(path: str) -> tuple[int, Any]:
+            return answers[number], None
+
+        return ask
+
+    for number, worker in enumerate(supervisor._workers):
+        worker.ask = answering(number)  # type: ignore[method-assign]
+    assert await supervisor._state() == "starting"
+    answers[1] = 200
+    assert await supervisor._state() == "ready"
