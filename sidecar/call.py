@@ -1,8 +1,8 @@
 """A call and its attempts: what is known of them, and what is owed when they end.
 
-    call      one client request, from first byte in to last byte out
-    attempt   one try of a call against one upstream
-    debt      something owed at the end of either: a slot to free, a circuit to feed, a row to write
+call      one client request, from first byte in to last byte out
+attempt   one try of a call against one upstream
+debt      something owed at the end of either: a slot to free, a circuit to feed, a row to write
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def end_of(error: BaseException, call: Call) -> End:
 
 
 class Key(Generic[T]):
-    """The name of a shared fact of type T. Two keys are equal only when they are the same object."""
+    """The name of a shared fact of type T. A key equals only itself."""
 
     __slots__ = ("name",)
 
@@ -233,7 +233,7 @@ class Upstream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where an attempt may go: an upstream, and the model's name there (None: as the caller said)."""
+    """Where an attempt may go: an upstream, and the model's name there (None: the caller's)."""
 
     upstream: Upstream
     model: str | None = None
@@ -335,7 +335,7 @@ class Call(Scope):
         self.upstream_headers[key] = data
 
     def set_reply_header(self, name: str, value: str) -> None:
-        """Send this header with the answer, whatever it is. ValueError when it could end the line."""
+        """Send this header with any answer. ValueError when it could end the line."""
         key, data = field(name, value)
         if self.reply_headers is None:
             self.reply_headers = {}
@@ -363,7 +363,11 @@ class Call(Scope):
     @property
     def is_stream(self) -> bool:
         """Whether the caller asked for a stream of events."""
-        return bool(self.body) and b'"stream"' in (self.body or b"") and self.json.get("stream") is True
+        return (
+            bool(self.body)
+            and b'"stream"' in (self.body or b"")
+            and self.json.get("stream") is True
+        )
 
     @property
     def chat(self) -> ChatView:
@@ -371,7 +375,9 @@ class Call(Scope):
         return self.dialect.view(self.json)
 
     def __repr__(self) -> str:
-        return f"<Call {self.id} {self.method} {self.path} team={self.team.name} model={self.model}>"
+        return (
+            f"<Call {self.id} {self.method} {self.path} team={self.team.name} model={self.model}>"
+        )
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -432,8 +438,8 @@ class Attempt(Scope):
         "number",
         "path",
         "started_at",
-        "target",
         "status",
+        "target",
         "timeouts",
         "upload",
         "upstream",

@@ -56,5 +56,3 @@ def _link(handle: Any, after: Any) -> Any:
         return handle(subject, after)
 
     return call_next
-
-

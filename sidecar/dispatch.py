@@ -68,7 +68,9 @@ class Dispatch:
             message = f'"{call.model}" speaks the {upstream.dialect.name} dialect: call {known}'
             raise Rejected(400, "wrong_dialect", message)
         fields = [
-            (key, value) for name, value in call.raw_headers if (key := name.lower()) not in NEVER_SENT
+            (key, value)
+            for name, value in call.raw_headers
+            if (key := name.lower()) not in NEVER_SENT
         ]
         if "connection" in call.headers:
             named = ",".join(call.headers.getall("connection")).lower().encode("latin-1", "replace")

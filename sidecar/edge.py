@@ -16,10 +16,10 @@ from time import monotonic
 from typing import Any, Protocol
 
 from aiohttp import web
-from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
+
 from sidecar.call import Call, End, Outcome, Target, completed, end_of
 from sidecar.config.schema import HttpSettings
 from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI, Dialect, Endpoint
@@ -36,7 +36,10 @@ log = logging.getLogger(__name__)
 
 STATUS_LINES = {
     **{code: f"HTTP/1.1 {code} \r\n".encode() for code in range(100, 1000)},
-    **{status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus},
+    **{
+        status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
+        for status in HTTPStatus
+    },
 }
 BODILESS = frozenset({204, 304})
 LINGER_S = 1.0
@@ -89,7 +92,7 @@ class EdgeProtocol(RequestHandler):
                 self._parser.message_consumed()  # type: ignore[union-attr]
                 if self._buffer_paused and len(messages) <= self._msg_queue_resume_size:
                     self._resume_reading_if_drained()
-                if type(message) is not RawRequestMessage:
+                if isinstance(message, _ErrInfo):
                     self._refuse_malformed(message.exc)
                     break
                 self._request_in_progress = True
@@ -460,9 +463,7 @@ class Edge:
             if body.is_whole:
                 data = body.take()
                 call.bytes_out = len(data)
-                head = reply_head(
-                    status, headers, len(data), closing=not keep_alive, is_old=is_old
-                )
+                head = reply_head(status, headers, len(data), closing=not keep_alive, is_old=is_old)
                 transport.write(head + data)
                 if body.dropped_taps:
                     serving.dropped_taps.inc(body.dropped_taps)

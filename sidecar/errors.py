@@ -4,7 +4,7 @@
     ├── ConfigError              a configuration that does not load; carries every problem found
     └── CallError                a call that gets no (whole) answer; knows its HTTP status and code
         ├── Rejected             refused by us: bad key, unknown model, a limit, a full queue
-        └── UpstreamError        refused or lost by the far side; says where and whether to try again
+        └── UpstreamError        refused or lost by the far side; says where, and whether to retry
 
 A client that leaves is no error of this tree: its task is cancelled (`asyncio.CancelledError`).
 """

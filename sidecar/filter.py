@@ -61,7 +61,7 @@ class Kit:
     tasks: Tasks
     log: logging.Logger
     access_log: Callable[[Mapping[str, Any]], None]
-    """Writes one JSON line off the event loop; never blocks, drops and counts when it cannot keep up."""
+    """Writes one JSON line, off the event loop; never blocks, drops and counts what is too much."""
     team: str
     upstreams: Mapping[str, Any]
     """This filter's own section of each upstream (`UpstreamConfig` instances), by upstream name."""

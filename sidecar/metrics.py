@@ -144,9 +144,7 @@ class Metrics:
         labels: Sequence[str] = (),
         bounds: Sequence[float] = SECONDS,
     ) -> Family:
-        return self._family(
-            "histogram", name, help_text, labels, lambda: Histogram(bounds), bounds
-        )
+        return self._family("histogram", name, help_text, labels, lambda: Histogram(bounds), bounds)
 
     def _family(
         self,

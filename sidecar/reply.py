@@ -163,7 +163,9 @@ class Body:
     @property
     def is_whole(self) -> bool:
         """Whether every byte is in hand and none was passed on yet."""
-        return self.is_arrived and self._error is None and self._sink is None and self._ended is None
+        return (
+            self.is_arrived and self._error is None and self._sink is None and self._ended is None
+        )
 
     @property
     def is_mapped(self) -> bool:
@@ -354,7 +356,9 @@ class Body:
             owner.body_ended(self, outcome, error)
 
     def __repr__(self) -> str:
-        state = "ended" if self._ended is not None else "flowing" if self._sink is not None else "held"
+        state = (
+            "ended" if self._ended is not None else "flowing" if self._sink is not None else "held"
+        )
         return f"<Body {self.media_type or '-'} {state}>"
 
 
@@ -451,7 +455,8 @@ class _Taps:
                     self._drop(self.event_taps, tap)
 
     def _drop(self, taps: list[ByteTap] | list[EventTap], tap: ByteTap | EventTap) -> None:
-        log.exception("tap_dropped", extra={"tap": getattr(tap, "__qualname__", repr(tap))})
+        name = getattr(tap, "__qualname__", repr(tap))
+        log.exception("tap_dropped", extra={"tap": name})  # noqa: LOG004 - called by handlers
         self._body.dropped_taps += 1
         taps.remove(tap)  # type: ignore[arg-type]
 

@@ -1,6 +1,6 @@
 """One loaded configuration, live: upstreams, filters, chains. Immutable once started.
 
-    Bound ──build──► Snapshot ──start──► leased by calls ──retire──► stopped when the last one ends
+Bound ──build──► Snapshot ──start──► leased by calls ──retire──► stopped when the last one ends
 """
 
 from __future__ import annotations
@@ -178,7 +178,11 @@ class Snapshot:
     def _nobody(self) -> Policy:
         """Refuses callers with an unknown key, and lets observers see it."""
         team = Team("unknown", "low", Patterns(()), frozenset())
-        specs = [spec for spec in self.bound.policies[0].call if spec.filter_class.sees_refused]  # type: ignore[attr-defined]
+        specs = [
+            spec
+            for spec in self.bound.policies[0].call
+            if getattr(spec.filter_class, "sees_refused", False)
+        ]
         refuse = link_call(self._make(specs, team.name), _refuse)
         return Policy(team=team, run=refuse, refuse=refuse, taps_events=False)
 

@@ -57,7 +57,9 @@ async def session(served: Served) -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-@pytest.mark.parametrize(("state", "status"), [("ready", 200), ("starting", 503), ("draining", 503)])
+@pytest.mark.parametrize(
+    ("state", "status"), [("ready", 200), ("starting", 503), ("draining", 503)]
+)
 async def test_readyz_says_whether_calls_are_served_and_why_not(
     served: Served, session: aiohttp.ClientSession, state: str, status: int
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`name` is a word for labels and logs; `has_model`: the JSON body names a model to route by."""
+    """`name` is a word for labels and logs; `has_model`: its JSON body names a model."""
 
     name: str
     path: str

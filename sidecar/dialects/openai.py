@@ -60,7 +60,7 @@ class OpenAI:
     def error_event(self, error: CallError, call_id: str, endpoint: Endpoint) -> bytes:
         fields = _error_fields(error)
         if endpoint.name == "responses":
-            event = {"type": "error", **{**fields, "type": "error"}, "error": fields}
+            event = {**fields, "type": "error", "error": fields}
             return encode(orjson.dumps(event), "error")
         return encode(orjson.dumps({"error": fields}))
 

@@ -355,9 +355,7 @@ class Connection(asyncio.BufferedProtocol):
         phase = Phase.HEAD if self._reply is None else Phase.BODY
         retry = Retry.SAME if self._reply is None else Retry.NO
         message = "the upstream's answer is not valid HTTP/1.1"
-        self._fail_exchange(
-            UpstreamError(phase, retry, "upstream_protocol_error", message), error
-        )
+        self._fail_exchange(UpstreamError(phase, retry, "upstream_protocol_error", message), error)
 
     def eof_received(self) -> bool:
         return False  # close our side too; connection_lost tells the rest
@@ -444,9 +442,7 @@ class Connection(asyncio.BufferedProtocol):
             kept = [field for field in kept if field[0] not in dropped]
         has_body = not (self._is_head_request or status in (204, 304))
         self._is_until_close = has_body and length is None and not is_chunked
-        body = self._body = Body(
-            self, media_type=media_type, encoding=encoding, length=length
-        )
+        body = self._body = Body(self, media_type=media_type, encoding=encoding, length=length)
         self._reply = Reply(status, Headers.of_raw(kept), body)
         if self._is_head_request:
             # llhttp would wait for the body that Content-Length speaks of.

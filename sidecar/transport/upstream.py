@@ -89,9 +89,7 @@ class LiveUpstream:
                 if is_kept:
                     continue
                 message = "the upstream closed the connection at once"
-                raise UpstreamError(
-                    Phase.CONNECT, Retry.SAME, "upstream_closed", message
-                ) from None
+                raise UpstreamError(Phase.CONNECT, Retry.SAME, "upstream_closed", message) from None
             try:
                 reply = await waiter
             except NoAnswer:
@@ -133,9 +131,7 @@ class LiveUpstream:
             reply.discard()
             code, message = found
             text = f"the upstream answered 200 and then an error ({code}): {message}"
-            raise UpstreamError(
-                Phase.FIRST_EVENT, Retry.SAME, "upstream_error_event", text[:500]
-            )
+            raise UpstreamError(Phase.FIRST_EVENT, Retry.SAME, "upstream_error_event", text[:500])
 
 
 def request_head(

@@ -187,8 +187,7 @@ class HeldUpstream:
     def __init__(self, *, hold_head: bool = False) -> None:
         self.hold_head = hold_head
         self.requests = 0
-        self.headers: list[str] = []
-        """The head of each request, in lower case."""
+        self.connections = 0
         self._released = asyncio.Event()
         self._arrived = asyncio.Condition()
         self._server: asyncio.Server | None = None
@@ -211,6 +210,10 @@ class HeldUpstream:
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
 
+    @property
+    def open_connections(self) -> int:
+        return len(self._running)
+
     def release(self) -> None:
         self._released.set()
 
@@ -223,6 +226,7 @@ class HeldUpstream:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        self.connections += 1
         try:
             while await self._answer(reader, writer):
                 pass
@@ -236,7 +240,6 @@ class HeldUpstream:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = re.search(r"content-length: (\d+)", head)
         body = await reader.readexactly(int(length[1]) if length else 0)
-        self.headers.append(head)
         async with self._arrived:
             self.requests += 1
             self._arrived.notify_all()
