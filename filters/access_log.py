@@ -7,6 +7,9 @@ from typing import Any
 
 from sidecar.api import USAGE, Call, CallFilter, CallNext, End, Reply
 
+MAX_MODEL = 200
+"""Characters of a model's name: it is the caller's text."""
+
 
 class AccessLog(CallFilter):
     """Who called what, how it ended, how long it took: never a key, a header or a body.
@@ -34,7 +37,7 @@ class AccessLog(CallFilter):
             "team": call.team.name,
             "endpoint": call.endpoint.name,
             "method": call.method,
-            "model": call.model,
+            "model": call.model[:MAX_MODEL] if call.model else None,
             "upstream": target.upstream.name if target is not None else None,
             "attempts": call.attempts,
             "status": call.status,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sidecar.api import Call, CallFilter, CallNext, FilterConfig, Kit, Reply
+from sidecar.api import Call, CallFilter, CallNext, FilterConfig, HeaderName, Kit, Reply
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
 
@@ -17,7 +17,7 @@ class RequestId(CallFilter):
     """
 
     class Config(FilterConfig):
-        header: str = "x-request-id"
+        header: HeaderName = "x-request-id"
         """The header that carries the id, in all three directions."""
         accept: bool = True
         """Take the caller's id when it is 1 to 128 letters, digits or `._:-`."""
@@ -26,7 +26,7 @@ class RequestId(CallFilter):
 
     def __init__(self, config: Config, kit: Kit) -> None:
         super().__init__(config, kit)
-        self._header = config.header.lower()
+        self._header = config.header
         self._accept = config.accept
 
     async def handle(self, call: Call, call_next: CallNext) -> Reply:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote_plus
+
+from pydantic import ValidationInfo, field_validator
 
 from sidecar.api import (
     Attempt,
@@ -14,6 +16,8 @@ from sidecar.api import (
     Reply,
     Secret,
     field,
+    sendable_name,
+    sendable_value,
 )
 
 
@@ -27,6 +31,17 @@ class SignSettings(FilterConfig):
     """`env:NAME` or `file:PATH`."""
     name: str = "x-api-key"
     """Header or query parameter of the schemes `header` and `query`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_sendable(cls, name: str, info: ValidationInfo) -> str:
+        return sendable_name(name) if info.data.get("scheme") == "header" else name
+
+    @field_validator("key")
+    @classmethod
+    def _can_be_sent(cls, key: Secret) -> Secret:
+        sendable_value(key.reveal())
+        return key
 
 
 class Sign(AttemptFilter):
@@ -42,7 +57,7 @@ class Sign(AttemptFilter):
     def __init__(self, config: FilterConfig, kit: Kit) -> None:
         super().__init__(config, kit)
         self._headers: dict[str, dict[bytes, bytes]] = {}
-        self._queries: dict[str, str] = {}
+        self._queries: dict[str, tuple[str, str]] = {}
         for upstream, settings in kit.upstreams.items():
             key = settings.key.reveal()
             if settings.scheme == "bearer":
@@ -50,7 +65,7 @@ class Sign(AttemptFilter):
             elif settings.scheme == "header":
                 self._headers[upstream] = dict([field(settings.name, key)])
             else:
-                self._queries[upstream] = f"{quote(settings.name, safe='')}={quote(key, safe='')}"
+                self._queries[upstream] = (settings.name, quote(key, safe=""))
 
     async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
         name = attempt.upstream.name
@@ -60,6 +75,15 @@ class Sign(AttemptFilter):
         else:
             query = self._queries.get(name)
             if query is not None:
-                mark = "&" if "?" in attempt.path else "?"
-                attempt.path = f"{attempt.path}{mark}{query}"
+                attempt.path = with_parameter(attempt.path, *query)
         return await call_next(attempt)
+
+
+def with_parameter(path: str, name: str, quoted_value: str) -> str:
+    """`path` with this query parameter in place of any of its name; the others keep their bytes."""
+    path, _, query = path.partition("?")
+    others = [
+        each for each in query.split("&") if each and unquote_plus(each.partition("=")[0]) != name
+    ]
+    ours = f"{quote(name, safe='')}={quoted_value}"
+    return f"{path}?{'&'.join([*others, ours])}"

@@ -23,9 +23,10 @@ from sidecar.filter import (
     CallNext,
     Filter,
     FilterConfig,
+    HeaderName,
     Kit,
 )
-from sidecar.headers import Headers, field
+from sidecar.headers import Headers, field, sendable_name, sendable_value
 from sidecar.metrics import SHORT_SECONDS, Counter, Gauge, Histogram, Metrics
 from sidecar.reply import Body, Reply, Source, Transformer
 from sidecar.sse import Event
@@ -50,6 +51,7 @@ __all__ = [
     "Filter",
     "FilterConfig",
     "Gauge",
+    "HeaderName",
     "Headers",
     "Histogram",
     "Key",
@@ -70,4 +72,6 @@ __all__ = [
     "UpstreamError",
     "Usage",
     "field",
+    "sendable_name",
+    "sendable_value",
 ]

@@ -363,16 +363,25 @@ class Call(Scope):
     @property
     def is_stream(self) -> bool:
         """Whether the caller asked for a stream of events."""
-        return (
-            bool(self.body)
-            and b'"stream"' in (self.body or b"")
-            and self.json.get("stream") is True
-        )
+        if not self.body or b'"stream"' not in self.body:
+            return False
+        try:
+            return self.json.get("stream") is True
+        except Rejected:  # not a JSON object: whatever it is, it asks for no stream
+            return False
 
     @property
     def chat(self) -> ChatView:
         """The request as its dialect's typed view; raises `Rejected` (400) when it is none."""
         return self.dialect.view(self.json)
+
+    def finish(self, end: End) -> None:
+        """Pay all debts, once, and let go of the frames that an error holds: they hold us."""
+        super().finish(end)
+        error = end.error
+        while error is not None and error.__traceback__ is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
 
     def __repr__(self) -> str:
         return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from time import monotonic
 from typing import cast
+from urllib.parse import unquote
 
 import orjson
 
@@ -109,12 +110,14 @@ class Dispatch:
         """What the sidecar answers itself: the models the team may use."""
         if call.endpoint is MODELS:
             names = [name for name in self._models.names if call.team.may_use(name)]
-            wanted = call.path.removeprefix("/v1/models").strip("/")
+            wanted = unquote(call.path.removeprefix("/v1/models").strip("/"))
             if not wanted:
                 return Reply.of(200, call.dialect.models_body(names))
-            if wanted in names:
+            if self._models.find(wanted) is not None and call.team.may_use(wanted):
                 return Reply.of(200, call.dialect.model_body(wanted))
-            raise Rejected(404, "model_not_found", f'there is no model "{wanted}" for you here')
+            raise Rejected(
+                404, "model_not_found", f'there is no model "{wanted[:100]}" for you here'
+            )
         raise Rejected(404, "model_not_found", f'no upstream is configured for "{call.model}"')
 
 

@@ -24,7 +24,7 @@ from sidecar.call import Call, End, Outcome, Target, completed, end_of
 from sidecar.config.schema import HttpSettings
 from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI, Dialect, Endpoint
 from sidecar.dialects.endpoint import MODELS, OTHER, PASS_THROUGH
-from sidecar.errors import CallError, Rejected
+from sidecar.errors import CallError, Rejected, UpstreamError
 from sidecar.headers import Headers, lines
 from sidecar.metrics import Counter
 from sidecar.reply import Body, Reply
@@ -230,7 +230,7 @@ class Edge:
         call, policy = self._begin(serving, message)
         protocol.call = call
         # After an upgrade we declined, aiohttp's parser waits for another protocol.
-        keep_alive = not (message.should_close or message.upgrade or self.is_closing)
+        keep_alive = not (message.should_close or message.upgrade)
         try:
             if call.refusal is None:
                 if payload.is_eof():
@@ -243,7 +243,7 @@ class Edge:
                 reply = await self._run_with_heartbeat(serving, policy, call, protocol)
             else:
                 reply = await policy.run(call)
-            if not payload.is_eof():
+            if self.is_closing or not payload.is_eof():
                 keep_alive = False  # not read to its end: what follows is not a request
             writer = self._answer(serving, call, protocol, reply, keep_alive, message)
             if writer is None:
@@ -252,7 +252,7 @@ class Edge:
                 await writer.done
             finally:
                 protocol.writer = None
-            return keep_alive and not writer.must_close
+            return keep_alive and not (writer.must_close or self.is_closing)
         except asyncio.CancelledError:
             if call.cancelled_as is not Outcome.ABORTED or protocol.transport is None:
                 call.cancelled_as = call.cancelled_as or Outcome.CLIENT_GONE
@@ -265,7 +265,7 @@ class Edge:
             self._answer_error(serving, call, protocol, error, End(Outcome.ABORTED, error.status))
             return False
         except CallError as error:
-            keep_alive = keep_alive and payload.is_eof()
+            keep_alive = keep_alive and payload.is_eof() and not self.is_closing
             self._answer_error(serving, call, protocol, error, end_of(error, call), keep_alive)
             return keep_alive
         except Exception as error:
@@ -673,7 +673,9 @@ class ClientWriter:
         elif self._head is not None:
             self._transport.write(self._head)
         self._transport.close()
-        self._end(end or End(Outcome.UPSTREAM_FAILED, self._status, error))
+        is_theirs = isinstance(error, UpstreamError)
+        outcome = Outcome.UPSTREAM_FAILED if is_theirs else Outcome.ABORTED
+        self._end(end or End(outcome, self._status, error))
 
     def abort(self, error: CallError) -> None:
         """We stop: shutdown."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from sidecar.call import Attempt, Call, Key
 from sidecar.clock import Clock
+from sidecar.headers import sendable_name
 from sidecar.metrics import Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
 from sidecar.tasks import Tasks
 
 T = TypeVar("T")
+
+HeaderName = Annotated[str, AfterValidator(sendable_name)]
+"""A header's name in a filter's settings: one that a message may carry, in lower case."""
 
 CallNext = Callable[[Call], Awaitable[Reply]]
 AttemptNext = Callable[[Attempt], Awaitable[Reply]]

@@ -12,6 +12,14 @@ from functools import lru_cache
 
 RawFields = list[tuple[bytes, bytes]]
 
+NEVER_SET = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding"),
+        *("upgrade", "host", "content-length", "expect"),
+    }
+)
+"""Fields that are made for each message or connection (RFC 9110, 7.6.1; RFC 9112, 6)."""
+
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+").fullmatch  # RFC 9110, 5.1: token, lower case
 _BAD_VALUE = re.compile(rb"[\r\n\0]").search
 
@@ -161,6 +169,21 @@ def _checked_value(value: str) -> bytes:
 def field(name: str, value: str) -> tuple[bytes, bytes]:
     """A field to `put`; raises ValueError when name or value could end the line."""
     return _checked_name(name), _checked_value(value)
+
+
+def sendable_name(name: str) -> str:
+    """`name` in lower case, if a message may carry it; ValueError otherwise, also for the fields
+    that frame the message or belong to one connection."""
+    key = _checked_name(name).decode()
+    if key in NEVER_SET:
+        raise ValueError(f'"{key}" is set for each message: choose another header')
+    return key
+
+
+def sendable_value(value: str) -> str:
+    """`value`, if a field may carry it; ValueError otherwise, which does not show it."""
+    _checked_value(value)
+    return value
 
 
 def lines(fields: RawFields) -> bytes:

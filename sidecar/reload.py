@@ -23,7 +23,8 @@ LOOK_AGAIN_S = 10.0
 """Files are compared that often though no change was reported: some file systems report none, and
 neither does a symlink's target in another folder, or a secret that was missing."""
 GATHER_MS = 400
-STEP_MS = 50
+STEP_MS = 200
+"""Its thread wakes that often; each time costs an idle process a little."""
 NEEDS_RESTART = ("listen", "admin", "workers", "log", "http.keepalive_s")
 
 

@@ -189,6 +189,8 @@ class Body:
             seen = len(self._held)
             if self._error is not None:
                 raise self._error
+            if self._ended is not None:  # given up by somebody else meanwhile
+                return None
             if self.is_arrived or size > max_bytes:
                 return next(iter(decoder.finish()), None)
             self._more = asyncio.get_running_loop().create_future()

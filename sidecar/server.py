@@ -210,9 +210,7 @@ class Server:
             self._listener.close()
         for connection in self._connections():
             if connection.call is None:
-                connection.force_close()
-            else:
-                connection.close()  # once its call has ended
+                connection.force_close()  # the others close once their call has ended
 
     async def _wait_for_calls(self, timeout_s: float) -> None:
         """Return when all calls have ended, after `timeout_s`, or when told to stop at once."""

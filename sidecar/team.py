@@ -21,7 +21,9 @@ class Patterns:
         self.names = tuple(names)
         self._exact = frozenset(name for name in self.names if not is_pattern(name))
         self._patterns = tuple(
-            (name, re.compile(translate(name)).match) for name in self.names if is_pattern(name)
+            (name, re.compile(translate(name.replace("[", "[[]"))).match)
+            for name in self.names
+            if is_pattern(name)
         )
 
     def find(self, name: str) -> str | None:
@@ -35,7 +37,8 @@ class Patterns:
 
 
 def is_pattern(name: str) -> bool:
-    return "*" in name or "?" in name or "[" in name
+    """Whether `name` stands for others; brackets are plain characters, real names have them."""
+    return "*" in name or "?" in name
 
 
 class Models:

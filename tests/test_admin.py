@@ -81,7 +81,7 @@ async def test_metrics_are_prometheus_text_or_openmetrics_as_the_scraper_asks(
     accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
     async with session.get("/metrics", headers={"accept": accept}) as answer:
         assert answer.content_type == "application/openmetrics-text"
-        (family,) = parse_openmetrics(await answer.text())
+        (family,) = parse_openmetrics(await answer.text())  # type: ignore[no-untyped-call]
         assert (family.type, family.samples[0].value) == ("counter", 3)
 
 
@@ -192,9 +192,11 @@ async def test_a_file_that_is_no_socket_is_kept(tmp_path: Path) -> None:
 
 async def test_a_port_in_use_raises_os_error() -> None:
     served = Served()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(OSError, match="address") as caught:
-            await served.admin.start(f"127.0.0.1:{taken.getsockname()[1]}")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(OSError, match="address") as caught,
+    ):
+        await served.admin.start(f"127.0.0.1:{taken.getsockname()[1]}")
     assert why_not(caught.value) == "Address already in use"
     await served.admin.stop()
 

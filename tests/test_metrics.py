@@ -63,8 +63,8 @@ def test_the_text_exposition_says_what_was_counted() -> None:
 
 
 def test_the_openmetrics_exposition_is_valid() -> None:
-    text = generate_openmetrics(registry(some_figures().snapshot())).decode()
-    families = {family.name: family.type for family in parse_openmetrics(text)}
+    text = generate_openmetrics(registry(some_figures().snapshot())).decode()  # type: ignore[no-untyped-call]
+    families = {family.name: family.type for family in parse_openmetrics(text)}  # type: ignore[no-untyped-call]
     assert families == {"calls": "counter", "open_calls": "gauge", "wait_seconds": "histogram"}
 
 

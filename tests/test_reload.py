@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -194,8 +193,8 @@ class Counting(CallFilter):
     stopped = 0
 
     async def handle(self, call: Call, call_next: CallNext) -> Reply:
-        models = self.kit.resource("counting", list[str])
-        models.append(call.model)
+        models = self.kit.resources.get("counting", list[str])
+        models.append(call.model or "")
         self.seen.append(models)
         return await call_next(call)
 
@@ -346,20 +345,23 @@ async def test_a_mounted_configmap_is_seen_whenever_its_link_is_swapped(
             await sidecar.reloader.stop()
 
 
-async def test_a_new_team_file_in_another_folder_is_noticed(tmp_path: Path, quick: None) -> None:
-    (tmp_path / "teams").mkdir()
-    for name in "ab":
+async def test_new_team_files_in_another_folder_are_noticed(tmp_path: Path, quick: None) -> None:
+    def write_team(name: str) -> None:
         (tmp_path / f"key_{name}").write_text(f"secret-{name}")
-    (tmp_path / "teams/a.yaml").write_text("team: a\nkeys: [file:../key_a]\n")
+        (tmp_path / f"teams/{name}.yaml").write_text(f"team: {name}\nkeys: [file:../key_{name}]\n")
+
+    (tmp_path / "teams").mkdir()
+    write_team("a")
     async with live(write_config(tmp_path, QUIET + "teams: teams/*.yaml\n")) as sidecar:
         sidecar.reloader.start()
         try:
-            (tmp_path / "teams/b.yaml").write_text("team: b\nkeys: [file:../key_b]\n")
+            for name in "bc":  # the first may be seen by the look at the start, not the second
+                write_team(name)
 
-            async def is_live() -> bool:
-                return await sidecar.status(key="secret-b") == 200
+                async def is_live(key: str = f"secret-{name}") -> bool:
+                    return await sidecar.status(key=key) == 200
 
-            await becomes(is_live)
+                await becomes(is_live)
         finally:
             await sidecar.reloader.stop()
 

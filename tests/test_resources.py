@@ -62,6 +62,7 @@ async def test_the_newest_is_closed_first() -> None:
 
 async def test_a_key_asked_for_while_others_are_closed_is_not_closed_under_its_new_user() -> None:
     resources = Resources()
+    again: Pool | None = None
 
     class AsksAgain(Pool):
         async def close(self) -> None:
@@ -69,7 +70,6 @@ async def test_a_key_asked_for_while_others_are_closed_is_not_closed_under_its_n
             again = resources.get("older", Pool, user=2)
             await super().close()
 
-    again: Pool | None = None
     resources.get("older", Pool, user=1)
     resources.get("newer", AsksAgain, user=1)
     await resources.drop_user(1)

@@ -131,6 +131,7 @@ async def test_a_connection_is_closed_after_the_answer_that_came_while_draining(
         silent.release()
         answer = await reader.read()  # to the end of the connection
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nconnection: close\r\n" in answer
         assert answer.endswith(HeldUpstream.WHOLE)
         writer.close()
         assert await sidecar.wait() == 0

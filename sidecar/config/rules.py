@@ -8,13 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-OWN_HEADERS = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding"),
-        *("upgrade", "host", "content-length", "expect"),
-    }
-)
-"""Headers that each connection sets for itself (RFC 9110, section 7.6.1)."""
+from sidecar.headers import NEVER_SET
 
 CREDENTIAL_HEADERS = frozenset(
     {"authorization", "proxy-authorization", "cookie", "x-api-key", "api-key", "x-goog-api-key"}
@@ -52,7 +46,7 @@ def wrong_header(name: str, value: str) -> str:
     """What is wrong with a header for every request; empty when nothing is."""
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
         return "no header can have this name"
-    if name.lower() in OWN_HEADERS:
+    if name.lower() in NEVER_SET:
         return "this header is set for each request: remove it"
     if name.lower() in CREDENTIAL_HEADERS:
         return "credentials belong into the section `sign`: move it there"
@@ -64,8 +58,7 @@ def wrong_header(name: str, value: str) -> str:
 
 
 def may_meet(first: str, second: str) -> bool:
-    """Whether some name matches both patterns (`*`: any characters, `?` and `[abc]`: one)."""
-    first, second = (re.sub(r"\[!?\]?[^]]*\]", "?", each) for each in (first, second))
+    """Whether some name matches both patterns (`*`: any characters, `?`: one)."""
     row = [True] + [False] * len(second)
     for column, pattern in enumerate(second, 1):
         row[column] = row[column - 1] and pattern == "*"

@@ -65,7 +65,9 @@ class OpenAI:
         return encode(orjson.dumps({"error": fields}))
 
     def usage(self, event: Event, before: Usage | None) -> Usage | None:
-        if b'"usage"' not in event.raw or b'"usage":null' in event.raw:
+        if b'"usage"' not in event.raw or (
+            b'"usage":null' in event.raw and b'"usage":{' not in event.raw
+        ):  # every event of a stream with `include_usage`: not worth parsing
             return before
         body = event.json()
         if not isinstance(body, dict):

@@ -18,7 +18,7 @@ from sidecar.config.rules import is_loopback, may_meet
         ("*a*", "b?b", True),
         ("*ab*", "b?b", True),
         ("*ab", "b?a", False),
-        ("gpt-[45]o", "gpt-4o", True),
+        ("gpt-[45]o", "gpt-4o", False),
         ("gpt-[45]", "gpt-4o", False),
     ],
 )

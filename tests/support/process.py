@@ -70,7 +70,7 @@ class SidecarProcess:
             self.errors.append(line)
 
     async def until(self, predicate: Callable[[], object]) -> None:
-        """Return once `predicate` is true; it is asked after each line. AssertionError at the end."""
+        """Return once `predicate` is true; it is asked after each line."""
         async with self._changed, asyncio.timeout(PATIENCE_S):
             while not predicate():
                 text = f"it ended first: {self.output} {self.log} {self.errors}"
@@ -94,11 +94,11 @@ class SidecarProcess:
 
     @property
     def address(self) -> str:
-        return re.findall(r"listens on ([^,\s]+)", self.output[0])[0]
+        return self.output[0].partition(" listens on ")[2].partition(", ")[0]
 
     @property
     def admin(self) -> str:
-        return re.findall(r"admin on (\S+)", self.output[0])[0]
+        return self.output[0].partition(", admin on ")[2]
 
     @property
     def curl(self) -> str:
@@ -267,5 +267,5 @@ def _chunk(data: bytes) -> bytes:
 async def becomes(ask: Callable[[], Awaitable[bool]]) -> None:
     """Return once `ask` says yes, for what tells nobody that it changed."""
     async with asyncio.timeout(PATIENCE_S):
-        while not await ask():
+        while not await ask():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
