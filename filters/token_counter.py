@@ -21,7 +21,8 @@ class TokenCounter(CallFilter):
     async def handle(self, call: Call, call_next: CallNext) -> Reply:
         reply = await call_next(call)
         if reply.status == 200 and call.endpoint.has_model:
-            reply.body.tap_events(partial(_count, call, call.dialect.usage))
+            read = partial(_count, call, call.dialect.usage)
+            reply.body.tap_events(read, containing=b'"usage"')
         return reply
 
 

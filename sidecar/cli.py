@@ -86,8 +86,10 @@ def check(path: Path) -> None:
     """
     from sidecar.errors import ConfigError
 
-    if not path.is_file():
-        click.echo(f"{path}: no such file", err=True)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        click.echo(f"{path}: {error.strerror}", err=True)
         sys.exit(2)
     try:
         bound = _load(path, {})

@@ -155,14 +155,18 @@ class LineWriter:
 
     @classmethod
     def to(cls, where: str, dropped: Countable) -> LineWriter | None:
-        """A writer to `stdout`, `stderr` or a file's end; None for `off`. Raises OSError."""
+        """A writer to `stdout`, `stderr` or a file's end; None for `off`. Raises OSError.
+
+        A named pipe must have a reader by now.
+        """
         if where == "off":
             return None
         if where == "stdout":
             return cls(1, dropped)
         if where == "stderr":
             return cls(2, dropped)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        # Non-blocking: opening a pipe that nobody reads would wait for ever.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         return cls(os.open(where, flags, 0o640), dropped, owns=True)
 
     def write(self, fields: Mapping[str, Any]) -> None:

@@ -138,13 +138,15 @@ class Body:
         """Show `tap` every piece before it is written. A tap that raises is dropped and counted."""
         self._taps().byte_taps.append(tap)
 
-    def tap_events(self, tap: EventTap) -> None:
-        """Show `tap` every event before its bytes are written.
+    def tap_events(self, tap: EventTap, *, containing: bytes = b"") -> None:
+        """Show `tap` every event before its bytes are written, or those whose bytes contain this.
 
         A stream comes as its events, a JSON reply as one event at its end, anything else not at
-        all. All event taps between two maps share one decoder.
+        all. All event taps between two maps share one decoder. Say `containing` when you can: a
+        piece without it is not even decoded.
         """
-        self._taps().event_taps.append(tap)
+        taps = self._taps()
+        taps.event_taps.append((containing, tap))
 
     def map(self, transformer: Transformer) -> None:
         """Change the bytes. Taps registered before see the original, later ones the result."""
@@ -405,13 +407,13 @@ class _Map:
 class _Taps:
     """The taps between two maps. Taps are read-only, so the bytes pass as they came."""
 
-    __slots__ = ("_body", "_decoder", "byte_taps", "event_taps")
+    __slots__ = ("_body", "_reader", "byte_taps", "event_taps")
 
     def __init__(self, body: Body) -> None:
         self._body = body
-        self._decoder: _EventReader | None = None
+        self._reader: _EventReader | None = None
         self.byte_taps: list[ByteTap] = []
-        self.event_taps: list[EventTap] = []
+        self.event_taps: list[tuple[bytes, EventTap]] = []
 
     def feed(self, data: bytes) -> bytes:
         if self.byte_taps:
@@ -419,12 +421,19 @@ class _Taps:
                 try:
                     byte_tap(data)
                 except Exception:
-                    self._drop(self.byte_taps, byte_tap)
+                    self._drop(byte_tap)
         if self.event_taps:
-            if self._decoder is None:
-                self._decoder = _EventReader.of(self._body.media_type, self._body.encoding)
+            reader = self._reader
+            if reader is None:
+                reader = self._reader = _EventReader.of(self._body.media_type, self._body.encoding)
+            if reader.is_between_events and data.endswith(b"\n\n"):
+                for containing, _ in self.event_taps:
+                    if containing in data:
+                        break
+                else:  # whole events, and nobody wants them: nearly every piece of a stream
+                    return data
             try:
-                events = self._decoder.feed(data)
+                events = reader.feed(data)
             except (SidecarError, zlib.error):
                 self._drop_all()
             else:
@@ -432,8 +441,8 @@ class _Taps:
         return data
 
     def finish(self) -> bytes:
-        if self.event_taps and self._decoder is not None:
-            self._show(self._decoder.finish())
+        if self.event_taps and self._reader is not None:
+            self._show(self._reader.finish())
         return b""
 
     def whole(self, data: bytes) -> bytes:
@@ -450,17 +459,19 @@ class _Taps:
 
     def _show(self, events: Sequence[Event]) -> None:
         for event in events:
-            for tap in tuple(self.event_taps):
-                try:
-                    tap(event)
-                except Exception:
-                    self._drop(self.event_taps, tap)
+            for containing, tap in tuple(self.event_taps):
+                if containing in event.raw:
+                    try:
+                        tap(event)
+                    except Exception:
+                        self._drop(tap)
 
-    def _drop(self, taps: list[ByteTap] | list[EventTap], tap: ByteTap | EventTap) -> None:
+    def _drop(self, tap: ByteTap | EventTap) -> None:
         name = getattr(tap, "__qualname__", repr(tap))
         log.exception("tap_dropped", extra={"tap": name})  # noqa: LOG004 - called by handlers
         self._body.dropped_taps += 1
-        taps.remove(tap)  # type: ignore[arg-type]
+        self.byte_taps = [each for each in self.byte_taps if each is not tap]
+        self.event_taps = [each for each in self.event_taps if each[1] is not tap]
 
     def _drop_all(self) -> None:
         log.warning("event_taps_dropped", extra={"media_type": self._body.media_type})
@@ -470,6 +481,11 @@ class _Taps:
 
 class _EventReader:
     """Turns a body's bytes into events, by its media type."""
+
+    @property
+    def is_between_events(self) -> bool:
+        """Whether a piece of whole events may be left out."""
+        return False
 
     @staticmethod
     def of(media_type: str, encoding: str) -> _EventReader:
@@ -495,9 +511,13 @@ class _EventReader:
 
 class _SseReader(_EventReader):
     def __init__(self) -> None:
-        decoder = Decoder(MAX_EVENT_BYTES)
+        self._decoder = decoder = Decoder(MAX_EVENT_BYTES)
         self.feed = decoder.feed  # type: ignore[method-assign]
         self.finish = decoder.finish  # type: ignore[method-assign]
+
+    @property
+    def is_between_events(self) -> bool:
+        return self._decoder.is_between_events
 
 
 class _JsonReader(_EventReader):

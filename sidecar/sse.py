@@ -104,6 +104,11 @@ class Decoder:
         self._carriage_return = False  # the last byte fed was \r, its \n may still come
         self._started = False
 
+    @property
+    def is_between_events(self) -> bool:
+        """Whether nothing of an event is held: bytes of whole events could be left out here."""
+        return self._started and not self._pieces and not self._carriage_return
+
     def feed(self, data: bytes) -> Sequence[Event]:
         """The events that `data` completes, in order."""
         if self._carriage_return or b"\r" in data:

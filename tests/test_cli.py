@@ -54,10 +54,11 @@ def test_check_names_every_mistake_with_file_line_and_column_and_exits_1(wrong: 
     assert result.stdout == ""
 
 
-def test_check_of_a_file_that_is_not_there_exits_2(tmp_path: Path) -> None:
+def test_check_of_a_file_that_cannot_be_read_exits_2(tmp_path: Path) -> None:
     result = invoke("check", tmp_path / "none.yaml")
     assert result.exit_code == 2
-    assert "no such file" in result.stderr
+    assert result.stderr == f"{tmp_path}/none.yaml: No such file or directory\n"
+    assert invoke("check", tmp_path).exit_code == 2  # a directory
 
 
 def test_check_prints_warnings_and_still_exits_0(tmp_path: Path) -> None:

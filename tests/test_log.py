@@ -78,6 +78,15 @@ async def test_off_writes_nowhere() -> None:
     assert LineWriter.to("off", Counter()) is None
 
 
+async def test_a_named_pipe_that_nobody_reads_is_refused_and_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "access.fifo"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="No such device"):
+        LineWriter.to(str(path), Counter())
+
+
 async def test_the_loop_turns_while_nobody_reads_and_lines_past_the_limit_are_counted(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -58,6 +59,10 @@ async def test_the_curl_line_it_prints_streams_an_answer(tmp_path: Path) -> None
         answer = await bash(sidecar.curl)
         assert answer.startswith("data: {")
         assert answer.endswith("data: [DONE]\n\n")
+        assert await sidecar.end() == 0
+        (line,) = [line for line in sidecar.output if line.startswith("{")]  # one for the call
+        logged = json.loads(line)
+        assert (logged["event"], logged["model"], logged["status"]) == ("call", "gpt", 200)
 
 
 async def test_the_curl_line_works_for_a_unix_socket_and_the_other_dialect(

@@ -142,8 +142,11 @@ class Connection(asyncio.BufferedProtocol):
         self._silence_s = timeouts.silence_s
         self._total_at = total_at
         waiter = self._waiter = loop.create_future()
-        if upload is None:
+        if upload is None and len(body) <= READ_BYTES:
             transport.write(head + body if body else head)
+        elif upload is None:
+            transport.write(head)
+            transport.write(body)  # larger than a copy is worth
         else:
             transport.write(head)
             self._upload = loop.create_task(self._send_upload(upload, timeouts.first_byte_s))

@@ -72,9 +72,7 @@ async def test_a_malformed_field_is_refused(flow: Flow, lines: bytes) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"POST  /v1/chat/completions HTTP/1.1",
         b" POST /v1/chat/completions HTTP/1.1",
-        b"POST /v1/chat/completions  HTTP/1.1",
         b"POST /v1/chat completions HTTP/1.1",
         b"POST /v1/chat/completions HTTP/1.1 x",
         b"POST /v1/chat/completions HTTP/3.0",
@@ -163,9 +161,7 @@ async def test_a_head_that_never_ends_is_cut_at_its_limit(flow: Flow) -> None:
     for _ in range(40):
         client.send(b"a" * 4096)
         await asyncio.sleep(0)
-    answer = await client.answer()
-    assert answer.status in (400, 431)
-    await client.is_closed()
+    assert (await client.answer()).status == 431
 
 
 async def test_too_many_fields_are_refused(flow: Flow) -> None:
@@ -198,6 +194,7 @@ async def test_a_slow_second_head_is_closed_as_well(start: Start) -> None:
     flow = await start("http: {keepalive_s: 0.3, body_silence_s: 0.3}")
     client = await flow.connect()
     assert (await client.call(request("GET", "/v1/models"))).status == 200
+    client.send(b"GET /v1/models HTTP/1.1\r\n")
     dripping = asyncio.create_task(_drip(client))
     assert await client.is_closed()
     dripping.cancel()
@@ -238,7 +235,6 @@ async def test_an_upgrade_of_a_chat_call_is_declined_and_the_call_answered(flow:
     fields = {"connection": "upgrade, http2-settings", "upgrade": "h2c", "http2-settings": "AAMA"}
     answer = await client.call(request("POST", CHAT, BODY, fields))
     assert answer.status == 200
-    assert answer.error is None if "error" in answer.json else True
     received = flow.provider.books.requests[0]
     assert received.body == BODY
     assert received.header("upgrade") is None

@@ -107,7 +107,9 @@ class RawClient:
         self.writer = writer
 
     def send(self, data: bytes) -> None:
-        self.writer.write(data)
+        """Write; a connection that the sidecar has closed takes nothing more."""
+        if not self.writer.is_closing():
+            self.writer.write(data)
 
     async def call(self, data: bytes, *, is_head: bool = False) -> Answer:
         self.send(data)
