@@ -10,15 +10,18 @@ import asyncio
 import itertools
 import logging
 import os
+import re
 from http import HTTPStatus
 from math import ceil
 from time import monotonic
 from typing import Any, Protocol
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http import HttpVersion10, HttpVersion11
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from multidict import MultiMapping
 
 from sidecar.call import Call, End, Outcome, Target, completed, end_of
 from sidecar.config.schema import HttpSettings
@@ -43,7 +46,10 @@ STATUS_LINES = {
 }
 BODILESS = frozenset({204, 304})
 LINGER_S = 1.0
-NEVER_PATHS = ("/../", "/./", "%2e", "%2E", "\\", "//")
+_CLIMBS = re.compile(
+    r"(?:^|[/\\]|%2f|%5c)\.{1,2}(?:[/\\;]|%2f|%5c|$)|%2e|//|\\", re.IGNORECASE
+).search
+"""Dot segments in any spelling, empty segments, backslashes: ways past a path's prefix."""
 
 
 class Serving(Protocol):
@@ -68,11 +74,13 @@ class EdgeProtocol(RequestHandler):
     (docs/adr/0003-edge-on-aiohttp.md); ours runs all calls of a connection in its one task.
     """
 
-    __slots__ = ("_edge", "call", "writer")
+    __slots__ = ("_edge", "_head_s", "_head_timer", "call", "writer")
 
-    def __init__(self, manager: EdgeServer, edge: Edge, **settings: Any) -> None:
+    def __init__(self, manager: EdgeServer, edge: Edge, head_s: float, **settings: Any) -> None:
         super().__init__(manager, **settings)
         self._edge = edge
+        self._head_s = head_s  # for a head to be whole, from its first byte
+        self._head_timer: asyncio.TimerHandle | None = None
         self.call: Call | None = None
         self.writer: ClientWriter | None = None
 
@@ -92,8 +100,14 @@ class EdgeProtocol(RequestHandler):
                 self._parser.message_consumed()  # type: ignore[union-attr]
                 if self._buffer_paused and len(messages) <= self._msg_queue_resume_size:
                     self._resume_reading_if_drained()
+                if self._head_timer is not None:
+                    self._head_timer.cancel()
+                    self._head_timer = None
                 if isinstance(message, _ErrInfo):
                     self._refuse_malformed(message.exc)
+                    break
+                if message.version != HttpVersion11 and message.version != HttpVersion10:
+                    self._refuse_malformed(BadHttpMessage("not HTTP/1.1 or HTTP/1.0"))
                     break
                 self._request_in_progress = True
                 may_continue = await handle(self, message, payload)
@@ -118,6 +132,12 @@ class EdgeProtocol(RequestHandler):
             if self.transport is not None:
                 self.transport.close()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.call is None and not self._messages and self._head_timer is None and data:
+            # A head has begun and is not here: it must not take for ever.
+            self._head_timer = self._loop.call_later(self._head_s, self.force_close)
+
     async def _linger(self, payload: Any) -> None:
         """Read on for a moment: a client that still sends would lose our answer to a reset."""
         try:
@@ -136,11 +156,15 @@ class EdgeProtocol(RequestHandler):
             error = Rejected(400, "bad_request", "the request is not valid HTTP/1.1")
         if self.transport is not None:
             data = OPENAI.error_body(error, "")
-            headers = Headers({"content-type": "application/json"})
-            self.transport.write(reply_head(error.status, headers, len(data), closing=True) + data)
+            fields = {"content-type": "application/json", "x-sidecar-error": error.code}
+            head = reply_head(error.status, Headers(fields), len(data), closing=True)
+            self.transport.write(head + data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         call, writer = self.call, self.writer
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
         if call is not None and call.cancelled_as is None:
             call.cancelled_as = Outcome.CLIENT_GONE
         if writer is not None:
@@ -164,7 +188,8 @@ class EdgeProtocol(RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        return self.call is None
+        """Whether no call is under way, nor one about to be."""
+        return self.call is None and not self._messages
 
     def abort_call(self, error: CallError) -> None:
         """End the running call with `error`: an error event on a stream, a status otherwise."""
@@ -191,6 +216,7 @@ class EdgeServer(web.Server):
         super().__init__(_no_handler, handler_cancellation=True)
         field = min(settings.max_head_bytes, 64 * 1024)
         self._edge = edge
+        self._head_s = settings.body_silence_s
         self._settings = {
             "access_log": None,
             "auto_decompress": False,
@@ -201,7 +227,7 @@ class EdgeServer(web.Server):
         }
 
     def __call__(self) -> RequestHandler:
-        return EdgeProtocol(self, self._edge, loop=self._loop, **self._settings)
+        return EdgeProtocol(self, self._edge, self._head_s, loop=self._loop, **self._settings)
 
 
 async def _no_handler(request: Any) -> Any:
@@ -314,7 +340,7 @@ class Edge:
             or refusal is not None
             or query
             or message.method != "POST"
-            or sum(map(len, headers.values())) > serving.http.max_head_bytes - len(path)
+            or head_bytes(headers) > serving.http.max_head_bytes - len(path)
         ):
             call.refusal = refusal or self._refusal(call, upstream, serving)
         if upstream is not None and call.refusal is None:
@@ -338,18 +364,17 @@ class Edge:
     ) -> CallError | None:
         """Why this request must not go on, judged by its head alone."""
         path, endpoint = call.path, call.endpoint
-        head_bytes = sum(map(len, call.headers.values())) + len(path) + len(call.query)
-        if head_bytes > serving.http.max_head_bytes:
+        if head_bytes(call.headers) + len(path) + len(call.query) > serving.http.max_head_bytes:
             return Rejected(431, "head_too_large", "the request's head is too large")
         if call.method in ("CONNECT", "TRACE"):
             return Rejected(405, "method_not_allowed", f"{call.method} is not served here")
-        if not (path.isascii() and path.isprintable() and call.query.isprintable()):
+        target = f"{path}?{call.query}"
+        if not (target.isascii() and target.isprintable()) or " " in target or "#" in target:
             return Rejected(400, "invalid_path", "the path must be percent-encoded ASCII")
+        if _CLIMBS(path):
+            text = "the path holds dot segments, encoded dots, empty segments or backslashes"
+            return Rejected(400, "invalid_path", text)
         if upstream is not None:
-            tail = path[len(upstream.name) + 1 :] + "/"
-            if any(bad in tail for bad in NEVER_PATHS):
-                message_text = "the path holds dot segments, encoded dots or empty segments"
-                return Rejected(400, "invalid_path", message_text)
             if upstream.name not in call.team.upstreams:
                 text = f'team "{call.team.name}" may not call "{upstream.name}" directly'
                 return Rejected(403, "upstream_not_allowed", text)
@@ -738,6 +763,11 @@ class BoundedUpload:
         if self._call.bytes_in > self._limit:
             raise _too_large(self._limit)
         return data
+
+
+def head_bytes(headers: MultiMapping[str]) -> int:
+    """About the bytes that the fields take in a head."""
+    return sum(map(len, headers.keys())) + sum(map(len, headers.values())) + 4 * len(headers)
 
 
 def reply_head(

@@ -209,7 +209,7 @@ class Server:
         if self._listener is not None:
             self._listener.close()
         for connection in self._connections():
-            if connection.call is None:
+            if connection.is_idle:
                 connection.force_close()  # the others close once their call has ended
 
     async def _wait_for_calls(self, timeout_s: float) -> None:

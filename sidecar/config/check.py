@@ -134,6 +134,8 @@ class _Binder:
         config = self.config
         if config.admin is not None and collide(config.listen, config.admin):
             self._refuse(("admin",), "is the address of `listen`: give it a port of its own")
+        if config.workers > 1 and config.listen.startswith("unix:"):
+            self._refuse(("workers",), "several workers share a TCP port: set 1, or listen on one")
         if config.allow_anyone or is_loopback(config.listen):
             return
         if config.team is not None:

@@ -28,7 +28,13 @@ def override(loaded: Loaded, values: Mapping[str, Any]) -> Loaded:
     except ValidationError as error:
         raise ConfigError(
             [
-                Problem("command line", 0, 0, f"--{each['loc'][0]}", each["msg"])
+                Problem(
+                    "command line",
+                    0,
+                    0,
+                    f"--{each['loc'][0]}",
+                    each["msg"].removeprefix("Value error, "),
+                )
                 for each in error.errors(include_input=False, include_url=False)
             ]
         ) from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import ssl
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
 from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
@@ -218,7 +220,14 @@ def open_pool(settings: UpstreamSettings, origin: Origin) -> Pool:
 
 
 def pool_key(name: str, settings: UpstreamSettings) -> tuple[object, ...]:
-    """Two snapshots share a pool when everything that makes a connection is the same."""
+    """Two snapshots share a pool when everything that makes a connection is the same, the contents
+    of its certificates included."""
     proxy = settings.proxy
     shown = proxy.sha256() if isinstance(proxy, Secret) else (proxy, os.environ.get("HTTPS_PROXY"))
-    return ("pool", name, settings.base_url, settings.pool, settings.tls, shown)
+    tls = settings.tls
+    files = [
+        hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for file in (tls.ca_file, tls.cert_file, tls.key_file)
+        if file is not None
+    ]
+    return ("pool", name, settings.base_url, settings.pool, tls, tuple(files), shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -229,10 +228,9 @@ async def _mid_stream(harness: Harness) -> Run:
 
 async def _waiting(harness: Harness) -> Run:
     harness.upstream.answer = harness.upstream.silent()
-    sent = len(harness.upstream.sent)
+    harness.upstream.asked.clear()
     run = harness.start()
-    while len(harness.upstream.sent) == sent:
-        await asyncio.sleep(0)
+    await harness.upstream.asked.wait()
     return run
 
 
@@ -248,7 +246,9 @@ SCENARIOS = (
     Scenario("filter_failed", refused, O.ABORTED, after=(Fails,)),
     Scenario("failed_before_head", failed_before_head, O.UPSTREAM_FAILED, O.UPSTREAM_FAILED),
     Scenario("died_midway", died_midway, O.UPSTREAM_FAILED, O.UPSTREAM_FAILED, FIRST + NEXT),
-    Scenario("client_gone_before_reply", client_gone_before_reply, O.CLIENT_GONE, O.CLIENT_GONE, b""),
+    Scenario(
+        "client_gone_before_reply", client_gone_before_reply, O.CLIENT_GONE, O.CLIENT_GONE, b""
+    ),
     Scenario(
         "client_gone_mid_stream",
         client_gone_mid_stream,

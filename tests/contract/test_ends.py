@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from sidecar.api import CallFilter
 from tests.contract.scenarios import SCENARIOS, Journal, Scenario
 from tests.support.harness import Harness, Run, Use
 
@@ -26,7 +25,6 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
 
 
 async def test_debts_are_paid_once_and_newest_first(
@@ -104,9 +102,7 @@ def _seen(run: Run) -> tuple[int, bytes, str]:
     return run.client.status, data, run.call.end.outcome
 
 
-async def test_ending_again_changes_nothing(
-    use: Use, scenario: Scenario, journal: Journal
-) -> None:
+async def test_ending_again_changes_nothing(use: Use, scenario: Scenario, journal: Journal) -> None:
     async with scenario.harness(use, journal) as harness:
         run = await scenario.play(harness)
         end = run.call.end

