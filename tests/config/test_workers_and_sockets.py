@@ -16,9 +16,10 @@ def test_several_workers_on_a_unix_socket_are_refused(tmp_path: Path) -> None:
         "listen: unix:/run/llm.sock\n"
         "workers: 2\n"
         'upstreams: {mock: {dialect: openai, base_url: "mock:"}}\n'
+        "chains: {default: {call: [], attempt: []}}\n"
     )
     with pytest.raises(ConfigError) as caught:
         bind(load_config(path))
     assert [f"{each.line}:{each.column} {each.path}" for each in caught.value.problems] == [
-        "2:1 workers"
+        "2:10 workers"
     ]
