@@ -74,12 +74,24 @@ class EdgeProtocol(RequestHandler):
     (docs/adr/0003-edge-on-aiohttp.md); ours runs all calls of a connection in its one task.
     """
 
-    __slots__ = ("_edge", "_head_s", "_head_timer", "call", "writer")
+    __slots__ = (
+        "_edge",
+        "_head_s",
+        "_head_timer",
+        "_max_head_bytes",
+        "call",
+        "may_have_long_heads",
+        "writer",
+    )
 
-    def __init__(self, manager: EdgeServer, edge: Edge, head_s: float, **settings: Any) -> None:
+    def __init__(
+        self, manager: EdgeServer, edge: Edge, http: HttpSettings, **settings: Any
+    ) -> None:
         super().__init__(manager, **settings)
         self._edge = edge
-        self._head_s = head_s  # for a head to be whole, from its first byte
+        self._head_s = http.body_silence_s  # for a head to be whole, from its first byte
+        self._max_head_bytes = http.max_head_bytes
+        self.may_have_long_heads = False
         self._head_timer: asyncio.TimerHandle | None = None
         self.call: Call | None = None
         self.writer: ClientWriter | None = None
@@ -133,6 +145,8 @@ class EdgeProtocol(RequestHandler):
                 self.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        if self._head_timer is not None or len(data) > self._max_head_bytes:
+            self.may_have_long_heads = True  # a head that came in one small read is not long
         super().data_received(data)
         if self.call is None and not self._messages and self._head_timer is None and data:
             # A head has begun and is not here: it must not take for ever.
@@ -216,7 +230,7 @@ class EdgeServer(web.Server):
         super().__init__(_no_handler, handler_cancellation=True)
         field = min(settings.max_head_bytes, 64 * 1024)
         self._edge = edge
-        self._head_s = settings.body_silence_s
+        self._http = settings
         self._settings = {
             "access_log": None,
             "auto_decompress": False,
@@ -227,7 +241,7 @@ class EdgeServer(web.Server):
         }
 
     def __call__(self) -> RequestHandler:
-        return EdgeProtocol(self, self._edge, self._head_s, loop=self._loop, **self._settings)
+        return EdgeProtocol(self, self._edge, self._http, loop=self._loop, **self._settings)
 
 
 async def _no_handler(request: Any) -> Any:
@@ -253,7 +267,7 @@ class Edge:
         """
         serving = self.serving
         serving.lease()
-        call, policy = self._begin(serving, message)
+        call, policy = self._begin(serving, message, protocol.may_have_long_heads)
         protocol.call = call
         # After an upgrade we declined, aiohttp's parser waits for another protocol.
         keep_alive = not (message.should_close or message.upgrade)
@@ -305,7 +319,7 @@ class Edge:
 
     # Who and where
 
-    def _begin(self, serving: Serving, message: Any) -> tuple[Call, Policy]:
+    def _begin(self, serving: Serving, message: Any, is_long: bool) -> tuple[Call, Policy]:
         """The call and its policy. What is wrong with either stands in `call.refusal`."""
         headers = message.headers
         path, _, query = message.path.partition("?")
@@ -335,13 +349,7 @@ class Edge:
             received_at=monotonic(),
             tasks=serving.tasks,
         )
-        if (
-            known is None
-            or refusal is not None
-            or query
-            or message.method != "POST"
-            or head_bytes(headers) > serving.http.max_head_bytes - len(path)
-        ):
+        if known is None or refusal is not None or query or message.method != "POST" or is_long:
             call.refusal = refusal or self._refusal(call, upstream, serving)
         if upstream is not None and call.refusal is None:
             call.targets = (Target(upstream),)
