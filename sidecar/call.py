@@ -250,6 +250,7 @@ class Call(Scope):
     __slots__ = (
         "_json",
         "attempts",
+        "bodies",
         "body",
         "bytes_in",
         "bytes_out",
@@ -316,6 +317,7 @@ class Call(Scope):
         self.upstream_headers: dict[bytes, bytes] | None = None  # put on the head of every attempt
         self.reply_headers: dict[bytes, bytes] | None = None  # put on the answer's, errors included
         self.attempts: int = 0
+        self.bodies: list[Body] = []  # of replies that upstreams gave, for `close_bodies`
         self.refusal: CallError | None = None
         self.received_at = received_at
         self.replied_at = 0.0  # the first byte of the answer was ready for the client
@@ -374,6 +376,13 @@ class Call(Scope):
     def chat(self) -> ChatView:
         """The request as its dialect's typed view; raises `Rejected` (400) when it is none."""
         return self.dialect.view(self.json)
+
+    def close_bodies(self) -> None:
+        """Abort what an upstream still sends though the call is over: a filter may have been
+        cancelled, or have failed, with the reply in its hands. For the core only."""
+        bodies = self.bodies
+        while bodies:
+            bodies.pop().abort(self.cancelled_as or Outcome.DISCARDED)
 
     def finish(self, end: End) -> None:
         """Pay all debts, once, and let go of the frames that an error holds: they hold us."""

@@ -60,6 +60,7 @@ class Dispatch:
         call.upstream_wait_s += (attempt.first_byte_at or monotonic()) - attempt.started_at
         attempt.status = reply.status
         reply.body.owned_by(attempt)
+        call.bodies.append(reply.body)
         return reply
 
     def _attempt(self, call: Call, target: Target) -> Attempt:

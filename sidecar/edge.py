@@ -11,6 +11,8 @@ import itertools
 import logging
 import os
 import re
+import socket
+import struct
 from http import HTTPStatus
 from math import ceil
 from time import monotonic
@@ -45,6 +47,7 @@ STATUS_LINES = {
     },
 }
 BODILESS = frozenset({204, 304})
+CONTINUE = "100-continue"
 LINGER_S = 1.0
 _CLIMBS = re.compile(
     r"(?:^|[/\\]|%2f|%5c)\.{1,2}(?:[/\\;]|%2f|%5c|$)|%2e|//|\\", re.IGNORECASE
@@ -138,6 +141,8 @@ class EdgeProtocol(RequestHandler):
                     )
         except ConnectionError:
             pass  # the client left while its answer was still being written
+        except Exception:
+            log.exception("connection_failed")
         finally:
             self._request_in_progress = False
             self._task_handler = None
@@ -212,7 +217,7 @@ class EdgeProtocol(RequestHandler):
             return
         call.cancelled_as = Outcome.ABORTED
         call.refusal = error
-        if writer is not None:
+        if writer is not None and not writer.is_waiting:
             writer.abort(error)
         elif task is not None:
             task.cancel()
@@ -266,8 +271,8 @@ class Edge:
         Returns when the answer is handed over, or broken off. Cancelled when the client leaves.
         """
         serving = self.serving
-        serving.lease()
         call, policy = self._begin(serving, message, protocol.may_have_long_heads)
+        serving.lease()
         protocol.call = call
         # After an upgrade we declined, aiohttp's parser waits for another protocol.
         keep_alive = not (message.should_close or message.upgrade)
@@ -315,6 +320,7 @@ class Edge:
             return False
         finally:
             protocol.call = None
+            call.close_bodies()
             serving.release()
 
     # Who and where
@@ -349,6 +355,10 @@ class Edge:
             received_at=monotonic(),
             tasks=serving.tasks,
         )
+        if refusal is None and "origin" in headers and serving.callers.are_keyless:
+            if headers["origin"] not in serving.http.allowed_origins:
+                text = "pages of this origin may not call: list it in http.allowed_origins"
+                refusal = Rejected(403, "origin_not_allowed", text)
         if known is None or refusal is not None or query or message.method != "POST" or is_long:
             call.refusal = refusal or self._refusal(call, upstream, serving)
         if upstream is not None and call.refusal is None:
@@ -408,6 +418,9 @@ class Edge:
             body = pieces[0] if len(pieces) == 1 else payload.read_nowait(-1)
         call.body = body
         call.bytes_in = len(body)
+        if call.headers.get("expect", CONTINUE).lower() != CONTINUE:
+            call.refusal = _unknown_expectation()
+            return
         if call.bytes_in > serving.http.max_body_bytes:
             call.refusal = _too_large(serving.http.max_body_bytes)
         elif call.endpoint.has_model:
@@ -422,8 +435,8 @@ class Edge:
         """Read the body, or leave it to stream; find the model's targets."""
         headers, http = call.headers, serving.http
         if "expect" in headers:
-            if headers["expect"].lower() != "100-continue":
-                call.refusal = Rejected(417, "expectation_failed", "only 100-continue is known")
+            if headers["expect"].lower() != CONTINUE:
+                call.refusal = _unknown_expectation()
                 return
             if protocol.transport is not None:
                 protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -622,6 +635,7 @@ class ClientWriter:
         "_transport",
         "body",
         "done",
+        "is_waiting",
         "must_close",
     )
 
@@ -650,9 +664,11 @@ class ClientWriter:
         self.body = Body()
         self.done: asyncio.Future[None] = loop.create_future()
         self.must_close = False
+        self.is_waiting = False  # heartbeats have begun, the answer has not
 
     def begin(self, body: Body, status: int) -> None:
         """Let `body` flow to the client."""
+        self.is_waiting = False
         if self._head is None and (status != 200 or not body.is_stream):
             # Heartbeats promised a stream, and this is none.
             body.discard()
@@ -668,6 +684,7 @@ class ClientWriter:
         body.attach(self)
 
     def begin_with_heartbeat(self) -> None:
+        self.is_waiting = True
         self._is_stream = True
         self._tail = b"\n\n"
         self._beat()
@@ -705,7 +722,10 @@ class ClientWriter:
             self.write(event)
         elif self._head is not None:
             self._transport.write(self._head)
-        self._transport.close()
+        if self._is_chunked or self.body.length is not None:
+            self._transport.close()
+        else:  # the end of the connection would be the end of the body: only a reset tells
+            _reset(self._transport)
         is_theirs = isinstance(error, UpstreamError)
         outcome = Outcome.UPSTREAM_FAILED if is_theirs else Outcome.ABORTED
         self._end(end or End(outcome, self._status, error))
@@ -815,6 +835,18 @@ def _path_of_absolute(target: str) -> str:
     if not separator:
         return target
     return "/" + rest.partition("/")[2]
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Close with a TCP reset, which no client takes for the end of a body."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def _unknown_expectation() -> Rejected:
+    return Rejected(417, "expectation_failed", "only 100-continue is known")
 
 
 def _too_large(limit: int) -> Rejected:

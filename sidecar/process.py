@@ -46,6 +46,9 @@ WORKER_ANSWER_S = 5.0
 
 async def serve(path: Path, bound: Bound, overrides: Mapping[str, Any], worker: int | None) -> int:
     """Serve in this process until told to stop; the exit code."""
+    if not worker:  # one process tells it
+        for warning in bound.warnings:
+            log.warning("config_warning", extra={"problem": warning})
     server = Server(bound, share_port=worker is not None)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

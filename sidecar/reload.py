@@ -25,7 +25,10 @@ neither does a symlink's target in another folder, or a secret that was missing.
 GATHER_MS = 400
 STEP_MS = 200
 """Its thread wakes that often; each time costs an idle process a little."""
-NEEDS_RESTART = ("listen", "admin", "workers", "log", "http.keepalive_s")
+NEEDS_RESTART = (
+    *("listen", "admin", "workers", "log"),
+    *("http.keepalive_s", "http.max_head_bytes", "http.body_silence_s"),
+)
 
 
 @dataclass(frozen=True, slots=True)

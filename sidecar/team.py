@@ -105,6 +105,11 @@ class Callers:
         self.unknown = unknown
         """Under which calls with no valid key are logged and counted; it serves nobody."""
 
+    @property
+    def are_keyless(self) -> bool:
+        """Whether nobody is asked for a key."""
+        return self._fixed is not None
+
     def identify(self, headers: Mapping[str, str]) -> Policy | None:
         """The policy of whoever sent `headers`, or None when their key is nobody's.
 

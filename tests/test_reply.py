@@ -6,8 +6,11 @@ import asyncio
 import gzip
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sidecar import reply as reply_module
 from sidecar.call import Outcome
@@ -313,8 +316,44 @@ def test_nobody_decodes_when_nobody_taps_events(decoders: list[Decoder]) -> None
     assert not decoders
 
 
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([b"data: 1", b"data: \"usage\"", b'"usage"', b"\n", b"\n\n", b"\r\n", b": x"]),
+        max_size=12,
+    ),
+    st.data(),
+)
+def test_tap_for_events_that_contain_something_sees_just_those(
+    tokens: list[bytes], data: st.DataObject
+) -> None:
+    stream = b"".join(tokens)
+    places = data.draw(st.lists(st.integers(0, len(stream)), max_size=6).map(sorted))
+    pieces = [stream[i:j] for i, j in pairwise([0, *places, len(stream)]) if i < j]
+    every: list[bytes] = []
+    some: list[bytes] = []
+    all_of_it, part_of_it = ScriptedSource(), ScriptedSource()
+    all_of_it.body.tap_events(lambda event: every.append(event.raw))
+    part_of_it.body.tap_events(lambda event: some.append(event.raw), containing=b'"usage"')
+    assert flow(all_of_it.body, all_of_it, *pieces).data == stream
+    assert flow(part_of_it.body, part_of_it, *pieces).data == stream
+    assert some == [raw for raw in every if b'"usage"' in raw]
+
+
+def test_whole_json_reply_is_shown_only_if_it_contains_what_is_looked_for() -> None:
+    body, events = Body.of(b'{"a": 1}', media_type="application/json"), []
+    body.tap_events(lambda event: events.append("a"), containing=b'"a"')
+    body.tap_events(lambda event: events.append("b"), containing=b'"b"')
+    body.take()
+    assert events == ["a"]
+
+
 def raises(_: object) -> None:
     raise LookupError("a mistake of a filter")
+
+
+def also_raises(_: object) -> None:
+    raise LookupError("another mistake")
 
 
 def test_tap_that_raises_is_dropped_and_counted_and_the_stream_goes_on(
@@ -325,7 +364,7 @@ def test_tap_that_raises_is_dropped_and_counted_and_the_stream_goes_on(
     events: list[bytes] = []
     source.body.tap_bytes(raises)
     source.body.tap_bytes(seen.append)
-    source.body.tap_events(raises)
+    source.body.tap_events(also_raises)
     source.body.tap_events(lambda event: events.append(event.data))
     sink = flow(source.body, source, b"data: 1\n\n", b"data: 2\n\n")
     assert sink.data == b"data: 1\n\ndata: 2\n\n"

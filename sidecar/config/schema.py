@@ -77,6 +77,9 @@ class HttpSettings(Settings):
     """Silence while a request's head or body is still coming."""
     keepalive_s: PositiveFloat = 75.0
     """An idle client connection is kept that long."""
+    allowed_origins: list[str] = []
+    """Web origins, such as `http://localhost:3000`, whose pages may call although no key is asked
+    for. A browser tells the origin; without this any page could spend the provider's key."""
     heartbeat_s: float = Field(default=0.0, ge=0.0)
     """Send the SSE comment `: keep-alive` after that much silence of a stream; 0: never. Once
     one was sent before the first byte, the status is 200 and a later failure is an error event."""
