@@ -12,10 +12,8 @@ from typing import Any
 
 import orjson
 from aiohttp import web
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
-from sidecar.metrics import FamilySnapshot, SnapshotCollector
+from sidecar.metrics import FamilySnapshot, exposition
 
 State = Callable[[], Awaitable[str]]
 """`ready`, or why not: `starting`, `draining`."""
@@ -89,11 +87,10 @@ class Admin:
         return _json({"status": state}, status=200 if state == "ready" else 503)
 
     async def _exposition(self, request: web.Request) -> web.Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(SnapshotCollector(await self._metrics()))
         # Tens of milliseconds with many series: not on the loop.
-        body = await asyncio.to_thread(encode, registry)
+        body, content_type = await asyncio.to_thread(
+            exposition, await self._metrics(), request.headers.get("accept", "")
+        )
         return web.Response(body=body, headers={"content-type": content_type})
 
     async def _data(self, request: web.Request) -> web.Response:

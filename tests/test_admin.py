@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
@@ -99,12 +98,12 @@ async def test_the_loop_turns_while_a_scrape_is_written(
 ) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
-    def encode(registry: CollectorRegistry) -> bytes:
+    def exposition(snapshot: object, accept: str) -> tuple[bytes, str]:
         begun.set()
         assert may_end.wait(20)
-        return b"# EOF\n"
+        return b"# EOF\n", "text/plain"
 
-    monkeypatch.setattr(admin_module, "choose_encoder", lambda accept: (encode, "text/plain"))
+    monkeypatch.setattr(admin_module, "exposition", exposition)
     scrape = asyncio.ensure_future(session.get("/metrics"))
     assert await asyncio.to_thread(begun.wait, 20)
     async with session.get("/livez") as answer:  # answered although the encoder still runs

@@ -1,0 +1,249 @@
+"""Usage wherever a provider reports it: in every shape, and missing where it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+import pytest
+
+from sidecar.call import Usage
+from sidecar.dialects import ANTHROPIC, OPENAI, Dialect
+from sidecar.sse import Decoder, Event, JsonEvent, encode
+
+
+def event(data: Any, name: str | None = None) -> Event:
+    (found,) = Decoder().feed(encode(data if isinstance(data, bytes) else orjson.dumps(data), name))
+    return found
+
+
+def last_usage(dialect: Dialect, events: Iterable[Event]) -> Usage | None:
+    usage = None
+    for each in events:
+        usage = dialect.usage(each, usage)
+    return usage
+
+
+CHAT = {
+    "prompt_tokens": 100,
+    "completion_tokens": 40,
+    "total_tokens": 140,
+    "prompt_tokens_details": {"cached_tokens": 64, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 30, "accepted_prediction_tokens": 0},
+}
+RESPONSES = {
+    "input_tokens": 100,
+    "input_tokens_details": {"cached_tokens": 64},
+    "output_tokens": 40,
+    "output_tokens_details": {"reasoning_tokens": 30},
+    "total_tokens": 140,
+}
+FULL = Usage(input=100, output=40, cached=64, reasoning=30)
+
+OPENAI_SHAPES: dict[str, tuple[Any, Usage | None]] = {
+    "chat": ({"object": "chat.completion", "choices": [], "usage": CHAT}, FULL),
+    "last chunk": ({"object": "chat.completion.chunk", "choices": [], "usage": CHAT}, FULL),
+    "completions": (
+        {"object": "text_completion", "usage": {"prompt_tokens": 5, "completion_tokens": 7}},
+        Usage(5, 7),
+    ),
+    "embeddings": (
+        {"object": "list", "data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}},
+        Usage(8, 0),
+    ),
+    "responses": ({"object": "response", "usage": RESPONSES}, FULL),
+    "response.completed": (
+        {"type": "response.completed", "response": {"id": "r", "usage": RESPONSES}},
+        FULL,
+    ),
+    "response.created": (
+        {"type": "response.created", "response": {"id": "r", "usage": None}},
+        None,
+    ),
+    "no details": ({"usage": {"prompt_tokens": 1, "completion_tokens": 2}}, Usage(1, 2)),
+    "details are null": (
+        {
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": 2,
+                "prompt_tokens_details": None,
+                "completion_tokens_details": None,
+            }
+        },
+        Usage(1, 2),
+    ),
+    "cache writes": (
+        {"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cache_write_tokens": 4}}},
+        Usage(9, 0, cache_write=4),
+    ),
+    "usage is null": ({"choices": [{"delta": {"content": "a"}}], "usage": None}, None),
+    "usage is empty": ({"usage": {}}, Usage()),
+    "usage is a list": ({"usage": [1]}, None),
+    "counts of a wrong type": (
+        {"usage": {"prompt_tokens": "1", "completion_tokens": None}},
+        Usage(),
+    ),
+    "negative counts": ({"usage": {"prompt_tokens": -1, "completion_tokens": 2}}, Usage(0, 2)),
+    "a list": ([{"usage": {"prompt_tokens": 1}}], None),
+    "in the text": ({"choices": [{"delta": {"content": '"usage": {"prompt_tokens": 9}'}}]}, None),
+    "done": (b"[DONE]", None),
+    "no json": (b'{"usage": {', None),
+}
+
+
+@pytest.mark.parametrize("shape", OPENAI_SHAPES)
+def test_openai_usage(shape: str) -> None:
+    data, expected = OPENAI_SHAPES[shape]
+    assert OPENAI.usage(event(data), None) == expected
+    if not isinstance(data, bytes):
+        for option in (0, orjson.OPT_INDENT_2):
+            whole = JsonEvent(orjson.dumps(data, option=option))
+            assert OPENAI.usage(whole, None) == expected
+
+
+def chunk(usage: Any) -> Event:
+    return event({"object": "chat.completion.chunk", "choices": [{"delta": {}}], "usage": usage})
+
+
+def test_openai_null_usage_of_later_chunks_forgets_nothing() -> None:
+    assert last_usage(OPENAI, [chunk(None), chunk(CHAT), chunk(None), event(b"[DONE]")]) == FULL
+
+
+def test_usage_that_grows_with_every_chunk_counts_once() -> None:
+    """vLLM's `continuous_usage_stats`: each chunk has the total so far."""
+    events = [chunk({"prompt_tokens": 10, "completion_tokens": n}) for n in range(1, 6)]
+    assert last_usage(OPENAI, events) == Usage(10, 5)
+
+
+def test_stream_without_usage_has_none() -> None:
+    assert last_usage(OPENAI, [event({"choices": []}), event(b"[DONE]")]) is None
+
+
+@pytest.mark.parametrize("pretty", [b'"usage" : {"prompt_tokens": 3}', b'"usage":\t{"prompt_tokens":3}'])
+def test_usage_is_found_whatever_the_spaces(pretty: bytes) -> None:
+    assert OPENAI.usage(event(b"{" + pretty + b"}"), None) == Usage(3, 0)
+
+
+def test_usage_is_found_when_data_lines_break_after_the_name() -> None:
+    (broken,) = Decoder().feed(b'data: {"usage":\ndata: {"prompt_tokens": 3}}\n\n')
+    assert OPENAI.usage(broken, None) == Usage(3, 0)
+    (broken,) = Decoder().feed(
+        b'data: {"type": "message_delta", "usage":\ndata: {"output_tokens": 3}}\n\n'
+    )
+    assert ANTHROPIC.usage(broken, None) == Usage(0, 3)
+
+
+# Anthropic
+
+
+def start(**usage: Any) -> Event:
+    message = {"id": "m", "type": "message", "content": [], "usage": usage}
+    return event({"type": "message_start", "message": message}, "message_start")
+
+
+def delta(**usage: Any) -> Event:
+    data = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage}
+    return event(data, "message_delta")
+
+
+TEXT = event(
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "usage"}},
+    "content_block_delta",
+)
+
+
+def test_anthropic_delta_is_cumulative_and_keeps_what_it_leaves_out() -> None:
+    events = [
+        start(
+            input_tokens=10,
+            cache_read_input_tokens=100,
+            cache_creation_input_tokens=20,
+            output_tokens=1,
+        ),
+        TEXT,
+        delta(output_tokens=15),
+        delta(output_tokens=30),
+    ]
+    assert last_usage(ANTHROPIC, events) == Usage(input=130, output=30, cached=100, cache_write=20)
+
+
+def test_anthropic_delta_may_correct_what_the_start_said() -> None:
+    events = [
+        start(input_tokens=10, cache_read_input_tokens=100, output_tokens=1),
+        delta(input_tokens=12, cache_read_input_tokens=90, output_tokens=5),
+    ]
+    assert last_usage(ANTHROPIC, events) == Usage(input=102, output=5, cached=90)
+    events.append(delta(cache_read_input_tokens=None, input_tokens=None, output_tokens=6))
+    assert last_usage(ANTHROPIC, events) == Usage(input=102, output=6, cached=90)
+
+
+def test_anthropic_delta_alone_counts() -> None:
+    assert last_usage(ANTHROPIC, [delta(output_tokens=5)]) == Usage(0, 5)
+
+
+def test_anthropic_stream_that_broke_off_has_what_it_said_until_then() -> None:
+    assert last_usage(ANTHROPIC, [start(input_tokens=10, output_tokens=2), TEXT]) == Usage(10, 2)
+
+
+def test_anthropic_thinking_is_part_of_the_output() -> None:
+    events = [delta(output_tokens=50, output_tokens_details={"thinking_tokens": 40})]
+    assert last_usage(ANTHROPIC, events) == Usage(0, 50, reasoning=40)
+
+
+def test_anthropic_whole_message() -> None:
+    body = {
+        "type": "message",
+        "content": [{"type": "text", "text": "hi"}],
+        "usage": {
+            "input_tokens": 10,
+            "cache_creation_input_tokens": 5,
+            "cache_read_input_tokens": 3,
+            "output_tokens": 7,
+            "service_tier": "standard",
+        },
+    }
+    for option in (0, orjson.OPT_INDENT_2):
+        whole = JsonEvent(orjson.dumps(body, option=option))
+        assert ANTHROPIC.usage(whole, None) == Usage(18, 7, cached=3, cache_write=5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{}",
+        b'{"type": "ping"}',
+        b'{"usage": null}',
+        b'{"usage": 1}',
+        b'[{"usage": {}}]',
+        b'{"usage": {',
+        b'{"text": "\\"usage\\": {\\"output_tokens\\": 9}"}',
+    ],
+)
+def test_anthropic_event_without_usage_changes_nothing(data: bytes) -> None:
+    before = Usage(1, 2)
+    assert ANTHROPIC.usage(event(data), before) is before
+
+
+class Unread(Event):
+    """Fails the test when somebody parses it."""
+
+    __slots__ = ()
+
+    def json(self) -> Any:
+        raise AssertionError("parsed")
+
+
+@pytest.mark.parametrize("dialect", [OPENAI, ANTHROPIC], ids=lambda each: each.name)
+def test_events_that_do_not_name_usage_are_not_parsed(dialect: Dialect) -> None:
+    """Nearly all events of a stream: a look at their bytes must do."""
+    before = Usage(1, 2)
+    for data in (
+        b'{"choices": [{"delta": {"content": "x"}}]}',
+        b'{"choices":[{"delta":{"content":"x"}}],"usage":null}',
+        b'{"type": "content_block_delta"}',
+    ):
+        plain = Unread(b"data: " + data)
+        if b"usage" not in data or dialect is OPENAI:
+            assert dialect.usage(plain, before) is before
+        assert dialect.error_in(plain) is None
