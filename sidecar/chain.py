@@ -23,7 +23,10 @@ def check_order(call: Sequence[type[Filter]], attempt: Sequence[type[Filter]]) -
             name = filter_class.__name__
             if not issubclass(filter_class, kind):
                 other = "attempt" if place == "call" else "call"
-                mistakes.append(f"{name} is an {other} filter: move it to the list `{other}`")
+                article = "an" if other == "attempt" else "a"
+                mistakes.append(
+                    f"{name} is {article} {other} filter: move it to the list `{other}`"
+                )
                 continue
             if missing := filter_class.needs - given:
                 keys = ", ".join(sorted(key.name for key in missing))

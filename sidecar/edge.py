@@ -84,6 +84,7 @@ class EdgeProtocol(RequestHandler):
         "_max_head_bytes",
         "call",
         "may_have_long_heads",
+        "payload",
         "writer",
     )
 
@@ -97,6 +98,7 @@ class EdgeProtocol(RequestHandler):
         self.may_have_long_heads = False
         self._head_timer: asyncio.TimerHandle | None = None
         self.call: Call | None = None
+        self.payload: Any = None  # the running call's body, aiohttp's StreamReader
         self.writer: ClientWriter | None = None
 
     async def start(self) -> None:
@@ -125,6 +127,7 @@ class EdgeProtocol(RequestHandler):
                     self._refuse_malformed(BadHttpMessage("not HTTP/1.1 or HTTP/1.0"))
                     break
                 self._request_in_progress = True
+                self.payload = payload
                 may_continue = await handle(self, message, payload)
                 self._request_in_progress = False
                 if not payload.is_eof():
@@ -153,9 +156,15 @@ class EdgeProtocol(RequestHandler):
         if self._head_timer is not None or len(data) > self._max_head_bytes:
             self.may_have_long_heads = True  # a head that came in one small read is not long
         super().data_received(data)
-        if self.call is None and not self._messages and self._head_timer is None and data:
-            # A head has begun and is not here: it must not take for ever.
-            self._head_timer = self._loop.call_later(self._head_s, self.force_close)
+        if self.call is None:
+            if not self._messages and self._head_timer is None and data:
+                # A head has begun and is not here: it must not take for ever.
+                self._head_timer = self._loop.call_later(self._head_s, self.force_close)
+        elif self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+            # Malformed within the running call's body: aiohttp tells whoever comes next, not it.
+            payload = self.payload
+            if payload is not None and not payload.is_eof():
+                payload.set_exception(web.RequestPayloadError("malformed"))
 
     async def _linger(self, payload: Any) -> None:
         """Read on for a moment: a client that still sends would lose our answer to a reset."""
@@ -307,16 +316,19 @@ class Edge:
             if task is not None:
                 task.uncancel()  # by `abort_call`; the connection ends after this answer
             error = call.refusal or CallError(503, "shutting_down", "the sidecar is shutting down")
-            self._answer_error(serving, call, protocol, error, End(Outcome.ABORTED, error.status))
+            end = End(Outcome.ABORTED, error.status, error)
+            self._answer_error(call, protocol, error, end)
             return False
         except CallError as error:
             keep_alive = keep_alive and payload.is_eof() and not self.is_closing
-            self._answer_error(serving, call, protocol, error, end_of(error, call), keep_alive)
+            end = end_of(error, call)
+            is_old = message.version.minor == 0
+            self._answer_error(call, protocol, error, end, keep_alive=keep_alive, is_old=is_old)
             return keep_alive
         except Exception as error:
             log.exception("call_failed", extra={"call": call.id})
             failure = CallError(500, "internal_error", "the sidecar failed; its log says why")
-            self._answer_error(serving, call, protocol, failure, end_of(error, call))
+            self._answer_error(call, protocol, failure, end_of(error, call))
             return False
         finally:
             protocol.call = None
@@ -355,10 +367,13 @@ class Edge:
             received_at=monotonic(),
             tasks=serving.tasks,
         )
-        if refusal is None and "origin" in headers and serving.callers.are_keyless:
-            if headers["origin"] not in serving.http.allowed_origins:
-                text = "pages of this origin may not call: list it in http.allowed_origins"
-                refusal = Rejected(403, "origin_not_allowed", text)
+        if (
+            "origin" in headers
+            and serving.callers.are_keyless
+            and headers["origin"] not in serving.http.allowed_origins
+        ):
+            text = "pages of this origin may not call: list it in http.allowed_origins"
+            refusal = Rejected(403, "origin_not_allowed", text)
         if known is None or refusal is not None or query or message.method != "POST" or is_long:
             call.refusal = refusal or self._refusal(call, upstream, serving)
         if upstream is not None and call.refusal is None:
@@ -420,9 +435,10 @@ class Edge:
         call.bytes_in = len(body)
         if call.headers.get("expect", CONTINUE).lower() != CONTINUE:
             call.refusal = _unknown_expectation()
-            return
-        if call.bytes_in > serving.http.max_body_bytes:
-            call.refusal = _too_large(serving.http.max_body_bytes)
+        elif call.bytes_in > serving.http.max_body_bytes and call.bytes_in > (
+            limit := _limit(call, serving.http)
+        ):
+            call.refusal = _too_large(limit)
         elif call.endpoint.has_model:
             try:
                 self._find_targets(serving, call)
@@ -433,34 +449,31 @@ class Edge:
         self, serving: Serving, call: Call, payload: Any, protocol: EdgeProtocol
     ) -> None:
         """Read the body, or leave it to stream; find the model's targets."""
-        headers, http = call.headers, serving.http
+        headers, limit = call.headers, _limit(call, serving.http)
+        announced = headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            call.refusal = _too_large(limit)
+            return
         if "expect" in headers:
             if headers["expect"].lower() != CONTINUE:
                 call.refusal = _unknown_expectation()
                 return
             if protocol.transport is not None:
                 protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        is_json = "json" in headers.get("content-type", "")
-        if not call.endpoint.has_model and not is_json:
+        upload = BoundedUpload(payload, call, limit, serving.http.body_silence_s)
+        if not _is_held(call):
             call.body = None
-            call.upload = BoundedUpload(payload, call, http)
+            call.upload = upload
             return
         try:
-            call.body = await self._read(call, payload, http)
+            pieces = []
+            while data := await upload.readany():
+                pieces.append(data)
+            call.body = b"".join(pieces)
             if call.endpoint.has_model:
                 self._find_targets(serving, call)
         except Rejected as refusal:
             call.refusal = refusal
-
-    async def _read(self, call: Call, payload: Any, http: HttpSettings) -> bytes:
-        announced = call.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > http.max_body_bytes:
-            raise _too_large(http.max_body_bytes)
-        upload = BoundedUpload(payload, call, http, limit=http.max_body_bytes)
-        pieces = []
-        while data := await upload.readany():
-            pieces.append(data)
-        return b"".join(pieces)
 
     def _find_targets(self, serving: Serving, call: Call) -> None:
         if "content-encoding" in call.headers:
@@ -560,12 +573,13 @@ class Edge:
 
     def _answer_error(
         self,
-        serving: Serving,
         call: Call,
         protocol: EdgeProtocol,
         error: CallError,
         end: End,
+        *,
         keep_alive: bool = False,
+        is_old: bool = False,
     ) -> None:
         """Write an error in the client's dialect, once and whole."""
         call.status = error.status
@@ -584,7 +598,9 @@ class Edge:
             headers.update(error.headers)
             if error.retry_after_s is not None:
                 headers["retry-after"] = str(max(1, ceil(error.retry_after_s)))
-            head = reply_head(error.status, headers, len(data), closing=not keep_alive)
+            head = reply_head(
+                error.status, headers, len(data), closing=not keep_alive, is_old=is_old
+            )
             if call.method == "HEAD":
                 data = b""
             call.bytes_out = len(data)
@@ -769,13 +785,11 @@ class BoundedUpload:
 
     __slots__ = ("_call", "_limit", "_payload", "_silence_s")
 
-    def __init__(
-        self, payload: Any, call: Call, http: HttpSettings, *, limit: int | None = None
-    ) -> None:
+    def __init__(self, payload: Any, call: Call, limit: int, silence_s: float) -> None:
         self._payload = payload
         self._call = call
-        self._limit = limit or http.max_upload_bytes
-        self._silence_s = http.body_silence_s
+        self._limit = limit
+        self._silence_s = silence_s
 
     async def readany(self) -> bytes:
         """The next bytes, empty at the end. Raises `Rejected`: 408 after silence, 413, 400."""
@@ -843,6 +857,15 @@ def _reset(transport: asyncio.Transport) -> None:
     if sock is not None and sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
+
+
+def _is_held(call: Call) -> bool:
+    """Whether a body is read before anything else: JSON is, other bodies stream through."""
+    return call.endpoint.has_model or "json" in call.headers.get("content-type", "")
+
+
+def _limit(call: Call, http: HttpSettings) -> int:
+    return http.max_body_bytes if _is_held(call) else http.max_upload_bytes
 
 
 def _unknown_expectation() -> Rejected:

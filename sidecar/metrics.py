@@ -238,7 +238,7 @@ class SnapshotCollector:
 
 
 def exposition(snapshot: list[FamilySnapshot], accept: str) -> tuple[bytes, str]:
-    """The figures as text for a scraper, and its media type: OpenMetrics if `accept` asks for it."""
+    """The figures as text, and its media type: OpenMetrics if `accept` asks for it."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder
 

@@ -1,4 +1,4 @@
-"""From a call to its attempts: what goes upstream, what never does, and that every try is pristine."""
+"""From a call to its attempts: what goes upstream, what never does; every try is pristine."""
 
 from __future__ import annotations
 
@@ -259,9 +259,7 @@ async def test_second_attempt_knows_nothing_of_the_first(fails: bool) -> None:
         first, second = harness.upstream.sent
     assert (first.method, first.path, first.body) == ("PUT", "/spoiled", b"spoiled")
     assert first.headers == {"x-a": "spoiled", "x-new": "spoiled"}
-    assert second == Sent(
-        "POST", "/v1/chat/completions?q=1", {"x-a": "1", "x-b": "2"}, BODY
-    )
+    assert second == Sent("POST", "/v1/chat/completions?q=1", {"x-a": "1", "x-b": "2"}, BODY)
     assert numbers == [(1, Timeouts()), (2, Timeouts())]
     assert run.call.attempts == 2
     assert dict(run.call.headers) == {"X-A": "1", "x-b": "2"}
@@ -329,7 +327,7 @@ async def test_each_attempt_of_a_call_has_its_own_end() -> None:
 async def test_attempt_that_a_filter_gives_up_is_discarded_and_no_fault() -> None:
     class Hurries(CallFilter):
         async def handle(self, call: Call, call_next: CallNext) -> Reply:
-            waiting = asyncio.ensure_future(call_next(call))  # type: ignore[arg-type]
+            waiting = asyncio.ensure_future(call_next(call))
             await harness.upstream.asked.wait()
             waiting.cancel()
             await asyncio.wait((waiting,))

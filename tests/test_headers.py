@@ -34,9 +34,7 @@ def test_fields_are_kept_in_order_with_their_repetitions(headers: Headers) -> No
 
 def test_untouched_fields_are_the_bytes_that_came(headers: Headers) -> None:
     assert headers.raw() == RAW
-    assert lines(headers.raw()) == (
-        b"a: 1\r\nb: 2\r\na: 3\r\nlatin: caf\xe9\r\nutf8: \xc3\xa9\r\n"
-    )
+    assert lines(headers.raw()) == (b"a: 1\r\nb: 2\r\na: 3\r\nlatin: caf\xe9\r\nutf8: \xc3\xa9\r\n")
 
 
 def test_bytes_that_are_no_utf8_come_back_as_they_were(headers: Headers) -> None:
@@ -135,10 +133,11 @@ def test_bad_name_is_refused(name: str, headers: Headers) -> None:
 
 @pytest.mark.parametrize("value", BAD_VALUES)
 def test_value_that_ends_the_line_is_refused_and_not_shown(value: str, headers: Headers) -> None:
-    for put in (lambda: headers.__setitem__("x", value), lambda: headers.add("x", value)):
-        with pytest.raises(ValueError, match="line end or a NUL") as raised:
-            put()
-        assert value not in str(raised.value)
+    with pytest.raises(ValueError, match="line end or a NUL") as raised:
+        headers["x"] = value
+    assert value not in str(raised.value)
+    with pytest.raises(ValueError, match="line end or a NUL"):
+        headers.add("x", value)
     with pytest.raises(ValueError, match="line end or a NUL"):
         field("x", value)
     assert headers.raw() == RAW

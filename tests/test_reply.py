@@ -7,6 +7,7 @@ import gzip
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -256,7 +257,8 @@ def test_last_event_without_a_blank_line_is_shown_before_the_end() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_event_taps_see_the_same_in_pieces_of_any_size(size: int) -> None:
-    source, events = ScriptedSource(), []
+    source = ScriptedSource()
+    events: list[Any] = []
     source.body.tap_events(lambda event: events.append(event.data))
     sink = flow(source.body, source, *piecewise(STREAM, size))
     assert sink.data == STREAM
@@ -266,7 +268,7 @@ def test_event_taps_see_the_same_in_pieces_of_any_size(size: int) -> None:
 @pytest.fixture
 def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
     """Every decoder that a body makes."""
-    made = []
+    made: list[Decoder] = []
 
     class Counted(Decoder):
         def __init__(self, max_event_bytes: int = 8 * 1024 * 1024) -> None:
@@ -319,7 +321,9 @@ def test_nobody_decodes_when_nobody_taps_events(decoders: list[Decoder]) -> None
 @settings(deadline=None)
 @given(
     st.lists(
-        st.sampled_from([b"data: 1", b"data: \"usage\"", b'"usage"', b"\n", b"\n\n", b"\r\n", b": x"]),
+        st.sampled_from(
+            [b"data: 1", b'data: "usage"', b'"usage"', b"\n", b"\n\n", b"\r\n", b": x"]
+        ),
         max_size=12,
     ),
     st.data(),
@@ -341,7 +345,8 @@ def test_tap_for_events_that_contain_something_sees_just_those(
 
 
 def test_whole_json_reply_is_shown_only_if_it_contains_what_is_looked_for() -> None:
-    body, events = Body.of(b'{"a": 1}', media_type="application/json"), []
+    body = Body.of(b'{"a": 1}', media_type="application/json")
+    events: list[Any] = []
     body.tap_events(lambda event: events.append("a"), containing=b'"a"')
     body.tap_events(lambda event: events.append("b"), containing=b'"b"')
     body.take()
@@ -398,7 +403,8 @@ def test_event_too_large_drops_the_taps_and_nothing_else(
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_json_reply_is_one_event_at_its_end(media_type: str, size: int) -> None:
     data = b'{"usage": {"n": 1}}\n\n'
-    source, events = ScriptedSource(media_type=media_type), []
+    source = ScriptedSource(media_type=media_type)
+    events: list[Any] = []
     source.body.tap_events(lambda event: events.append(event.json()))
     sink = ListSink()
     source.body.attach(sink)
@@ -410,7 +416,8 @@ def test_json_reply_is_one_event_at_its_end(media_type: str, size: int) -> None:
 
 
 def test_whole_json_reply_is_one_event() -> None:
-    body, events = Body.of(b'{"a": 1}', media_type="application/json"), []
+    body = Body.of(b'{"a": 1}', media_type="application/json")
+    events: list[Any] = []
     body.tap_events(lambda event: events.append(event.json()))
     assert body.take() == b'{"a": 1}'
     assert events == [{"a": 1}]
@@ -420,7 +427,8 @@ def test_whole_json_reply_past_the_bound_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(reply_module, "MAX_EVENT_BYTES", 4)
-    body, events = Body.of(b'{"a": 1}', media_type="application/json"), []
+    body = Body.of(b'{"a": 1}', media_type="application/json")
+    events: list[Any] = []
     body.tap_events(events.append)
     assert body.take() == b'{"a": 1}'
     assert events == []
@@ -429,7 +437,8 @@ def test_whole_json_reply_past_the_bound_is_not_shown(
 
 @pytest.mark.parametrize("media_type", ["", "text/plain", "audio/mpeg"])
 def test_other_replies_have_no_events(media_type: str) -> None:
-    source, events = ScriptedSource(media_type=media_type), []
+    source = ScriptedSource(media_type=media_type)
+    events: list[Any] = []
     source.body.tap_events(events.append)
     sink = flow(source.body, source, STREAM)
     assert sink.data == STREAM
@@ -450,7 +459,8 @@ def test_compressed_reply_is_opened_for_taps_alone(
     encoding: str, pack: Callable[[bytes], bytes], size: int
 ) -> None:
     packed = pack(STREAM)
-    source, events = ScriptedSource(encoding=encoding), []
+    source = ScriptedSource(encoding=encoding)
+    events: list[Any] = []
     source.body.tap_events(lambda event: events.append(event.data))
     sink = flow(source.body, source, *piecewise(packed, size))
     assert sink.data == packed
@@ -459,7 +469,8 @@ def test_compressed_reply_is_opened_for_taps_alone(
 
 def test_events_of_a_compressed_stream_are_shown_as_they_come() -> None:
     packer = zlib.compressobj(wbits=31)
-    source, events = ScriptedSource(encoding="gzip"), []
+    source = ScriptedSource(encoding="gzip")
+    events: list[Any] = []
     source.body.tap_events(lambda event: events.append(event.data))
     source.body.attach(ListSink())
     for number in (b"1", b"2"):
@@ -471,7 +482,8 @@ def test_events_of_a_compressed_stream_are_shown_as_they_come() -> None:
 def test_large_compressed_json_is_shown_whole() -> None:
     data = b'{"text": "' + b"a" * 1_000_000 + b'"}'
     packed = gzip.compress(data)
-    body, events = Body.of(packed, media_type="application/json"), []
+    body = Body.of(packed, media_type="application/json")
+    events: list[Any] = []
     body.encoding = "gzip"
     body.tap_events(lambda event: events.append(len(event.json()["text"])))
     assert body.take() == packed
@@ -480,7 +492,8 @@ def test_large_compressed_json_is_shown_whole() -> None:
 
 def test_compressed_bomb_costs_only_the_taps(caplog: pytest.LogCaptureFixture) -> None:
     packed = gzip.compress(b"data: " + b"x" * (20 * 1024 * 1024))
-    source, events = ScriptedSource(encoding="gzip"), []
+    source = ScriptedSource(encoding="gzip")
+    events: list[Any] = []
     source.body.tap_events(events.append)
     sink = flow(source.body, source, packed)
     assert sink.data == packed
@@ -491,7 +504,8 @@ def test_compressed_bomb_costs_only_the_taps(caplog: pytest.LogCaptureFixture) -
 def test_reply_that_lies_about_its_compression_passes_untouched(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source, events = ScriptedSource(encoding="gzip"), []
+    source = ScriptedSource(encoding="gzip")
+    events: list[Any] = []
     source.body.tap_events(events.append)
     sink = flow(source.body, source, STREAM)
     assert sink.data == STREAM
@@ -500,7 +514,8 @@ def test_reply_that_lies_about_its_compression_passes_untouched(
 
 
 def test_unknown_compression_passes_untouched_and_unseen() -> None:
-    source, events = ScriptedSource(encoding="br"), []
+    source = ScriptedSource(encoding="br")
+    events: list[Any] = []
     source.body.tap_events(events.append)
     assert flow(source.body, source, b"\x01\x02").data == b"\x01\x02"
     assert events == []
@@ -619,7 +634,8 @@ def test_taking_gives_the_bytes_and_events_that_attaching_gives(
 ) -> None:
     results = []
     for take in (True, False):
-        body, events = Body.of(data, media_type=media_type), []
+        body = Body.of(data, media_type=media_type)
+        events: list[Any] = []
         pieces: list[bytes] = []
         body.tap_bytes(pieces.append)
         body.map(Upper())

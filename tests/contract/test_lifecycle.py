@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+import textwrap
+from itertools import pairwise
 
 import pytest
 
 from filters import BUILTIN
 from sidecar.api import AttemptFilter, CallFilter, FilterConfig
-from tests.contract.conftest import filter_class
+from tests.contract.builtin import filter_class
 from tests.support.harness import Harness, Use
 
 
@@ -24,6 +26,14 @@ async def test_stop_twice(use: Use) -> None:
     await made.start()
     await made.stop()
     await made.stop()
+
+
+async def test_started_twice_it_still_works_and_stops(use: Use) -> None:
+    async with Harness(use) as harness:
+        (made,) = harness.filters
+        await made.start()
+        assert (await harness.run()).client.status == 200
+        await made.stop()
 
 
 async def test_works_again_when_built_anew_on_the_same_resources(use: Use) -> None:
@@ -54,8 +64,18 @@ def test_is_of_one_kind_and_explains_itself(name: str) -> None:
 def test_every_setting_is_explained_beside_its_field(name: str) -> None:
     found = filter_class(name)
     for settings in (found.Config, found.UpstreamConfig):
-        for field_name, info in (settings.model_fields if settings else {}).items():
-            assert info.description, f"{name}.{field_name} has no description"
+        if settings is not None and settings.model_fields:
+            (node,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
+            assert isinstance(node, ast.ClassDef)
+            explained = {
+                field.target.id
+                for field, text in pairwise(node.body)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            }
+            assert explained == set(settings.model_fields)
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN))

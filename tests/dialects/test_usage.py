@@ -120,7 +120,9 @@ def test_stream_without_usage_has_none() -> None:
     assert last_usage(OPENAI, [event({"choices": []}), event(b"[DONE]")]) is None
 
 
-@pytest.mark.parametrize("pretty", [b'"usage" : {"prompt_tokens": 3}', b'"usage":\t{"prompt_tokens":3}'])
+@pytest.mark.parametrize(
+    "pretty", [b'"usage" : {"prompt_tokens": 3}', b'"usage":\t{"prompt_tokens":3}']
+)
 def test_usage_is_found_whatever_the_spaces(pretty: bytes) -> None:
     assert OPENAI.usage(event(b"{" + pretty + b"}"), None) == Usage(3, 0)
 

@@ -130,8 +130,6 @@ def test_every_endpoint_is_found_by_its_path() -> None:
     assert len(names) == len(set(names))
 
 
-
-
 def test_codes_of_refused_requests_are_stable() -> None:
     """Programs match on these words: a change is a break."""
     seen = set()

@@ -310,7 +310,7 @@ class Run:
         except asyncio.CancelledError:
             if call.cancelled_as is Outcome.ABORTED:
                 error = call.refusal or Rejected(503, "shutting_down", "shutting down")
-                self._answer_error(error, End(Outcome.ABORTED, error.status))
+                self._answer_error(error, End(Outcome.ABORTED, error.status, error))
             else:
                 self.end(End(Outcome.CLIENT_GONE, call.status))
         except CallError as error:
