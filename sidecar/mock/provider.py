@@ -457,7 +457,10 @@ def _other_answer(received: Received, body_sha256: str, settings: Settings) -> A
         "method": received.method,
         "path": received.path,
         "query": received.query,
-        "headers": received.headers,
+        # A value that is no UTF-8 holds surrogates, which JSON cannot.
+        "headers": [
+            (name, value.encode(errors="replace").decode()) for name, value in received.headers
+        ],
         "body_sha256": body_sha256,
         "body_bytes": received.body_bytes,
     }

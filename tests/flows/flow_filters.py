@@ -5,7 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from sidecar.api import Attempt, AttemptFilter, AttemptNext, Call, CallFilter, CallNext, End, Reply
+from sidecar.api import (
+    Attempt,
+    AttemptFilter,
+    AttemptNext,
+    Call,
+    CallFilter,
+    CallNext,
+    End,
+    Rejected,
+    Reply,
+)
 
 
 class Queue(CallFilter):
@@ -90,3 +100,101 @@ class Fails(CallFilter):
 
     async def handle(self, call: Call, call_next: CallNext) -> Reply:
         raise RuntimeError("secret detail of a bug")
+
+
+class FailsLate(CallFilter):
+    """Has a bug, and a reply in its hand when it shows."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        await call_next(call)
+        raise RuntimeError("secret detail of a bug")
+
+
+class RefusesLate(CallFilter):
+    """Refuses the call once it has seen the reply."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        await call_next(call)
+        raise Rejected(451, "not_for_you", "the answer is not for you", retry_after_s=1.2)
+
+
+class Refuses(CallFilter):
+    """Refuses every call."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        raise Rejected(429, "too_many", "one at a time", retry_after_s=1.2, headers={"x-why": "1"})
+
+
+class Doubled:
+    """Every byte twice, and a mark at the end."""
+
+    def feed(self, data: bytes) -> bytes:
+        return bytes(byte for byte in data for _ in range(2))
+
+    def finish(self) -> bytes:
+        return b"the end"
+
+
+class Doubles(CallFilter):
+    """Changes the bytes of every answer, and their number."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        reply = await call_next(call)
+        reply.body.map(Doubled())
+        return reply
+
+
+class Torn:
+    """Fails at the second piece."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+
+    def feed(self, data: bytes) -> bytes:
+        self.pieces += 1
+        if self.pieces > 1:
+            raise RuntimeError("secret detail of a bug")
+        return data
+
+    def finish(self) -> bytes:
+        raise RuntimeError("secret detail of a bug")
+
+
+class Tears(CallFilter):
+    """Changes the bytes of every answer, and fails at it."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        reply = await call_next(call)
+        reply.body.map(Torn())
+        return reply
+
+
+class Twice(CallFilter):
+    """Asks twice, and returns the second reply."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        first = await call_next(call)
+        first.discard()
+        return await call_next(call)
+
+
+class AnswersItself(CallFilter):
+    """Asks nobody."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        return Reply.of(200, b'{"made":"here"}')
+
+
+class TapsBadly(CallFilter):
+    """Looks at every event, and fails at it."""
+
+    taps_events = True
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        reply = await call_next(call)
+        reply.body.tap_events(self._fail)
+        reply.body.tap_bytes(self._fail)
+        return reply
+
+    def _fail(self, seen: object) -> None:
+        raise RuntimeError("a tap failed")

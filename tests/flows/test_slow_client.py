@@ -41,7 +41,7 @@ class SlowStream:
     @classmethod
     async def begin(cls, flow: Flow, raw: RawUpstream, data: bytes) -> SlowStream:
         client = await flow.connect(receive_bytes=SMALL_BYTES)
-        client.writer.transport.pause_reading()
+        client.stop_reading()
         await until(lambda: flow.connections)
         for each in flow.connections:
             shrink(each)
@@ -92,7 +92,7 @@ async def test_a_stream_that_nobody_reads_is_held_up_at_its_upstream(
     # Whatever is on the way, kernels included; each of theirs is twice what it was asked for.
     assert slow.pushed_bytes <= PER_STREAM_BYTES + 4 * 2 * SMALL_BYTES + 2 * len(CHUNK)
 
-    slow.client.writer.transport.resume_reading()
+    slow.client.read_on()
     answer = asyncio.create_task(slow.client.answer())
     while slow.pushed_bytes < TOTAL_BYTES:
         await slow.push(TOTAL_BYTES)
@@ -110,8 +110,7 @@ async def test_a_large_plain_answer_that_nobody_reads_is_held_up_as_well(
     slow = await SlowStream.begin(flow, raw, request("GET", "/up-openai/files/1"))
     slow.upstream.write(STREAM_HEAD.replace(b"text/event-stream", b"application/octet-stream"))
     assert await slow.push(TOTAL_BYTES) <= PER_STREAM_BYTES
-    slow.client.leave()
-    slow.client.writer.transport.abort()
+    slow.client.reset()
     await slow.upstream.closed()
 
 
@@ -120,7 +119,7 @@ async def test_a_slow_client_that_leaves_ends_its_upstream(start: Start, raw: Ra
     slow = await SlowStream.begin(flow, raw, chat_request(stream=True))
     slow.upstream.write(STREAM_HEAD)
     await slow.push(TOTAL_BYTES)
-    slow.client.writer.transport.abort()
+    slow.client.reset()
     await slow.upstream.closed()
     (line,) = await flow.logged()
     assert line["outcome"] == "client_gone"
@@ -135,7 +134,7 @@ async def test_a_slow_client_is_no_silence_of_the_upstream(start: Start, raw: Ra
     await slow.push(TOTAL_BYTES)
     await asyncio.sleep(0.3)  # three times the silence that would end it
     assert flow.running()["calls"] == 1
-    slow.client.writer.transport.resume_reading()
+    slow.client.read_on()
     answer = asyncio.create_task(slow.client.answer())
     await until(lambda: not slow.upstream.unsent_bytes)
     slow.upstream.write(b"0\r\n\r\n")
@@ -152,7 +151,7 @@ async def test_an_upstream_that_dies_while_the_client_reads_slowly_loses_no_byte
     slow.upstream.write(STREAM_HEAD)
     await slow.push(TOTAL_BYTES)
     slow.upstream.close()
-    slow.client.writer.transport.resume_reading()
+    slow.client.read_on()
     answer = await slow.client.answer()
     assert not answer.is_whole
     assert answer.body.startswith(PIECE * (slow.pushed_bytes // len(PIECE)))
@@ -162,7 +161,7 @@ async def test_an_upstream_that_dies_while_the_client_reads_slowly_loses_no_byte
 async def test_pipelined_calls_of_a_slow_client_wait_for_it(start: Start) -> None:
     flow = await start()
     client = await flow.connect(receive_bytes=SMALL_BYTES)
-    client.writer.transport.pause_reading()
+    client.stop_reading()
     await until(lambda: flow.connections)
     (edge,) = flow.connections
     shrink(edge)
@@ -178,7 +177,7 @@ async def test_pipelined_calls_of_a_slow_client_wait_for_it(start: Start) -> Non
         seen = count
     assert most <= PER_STREAM_BYTES
     assert seen < 20
-    client.writer.transport.resume_reading()
+    client.read_on()
     for _ in range(100):
         assert (await client.answer()).status == 200
     assert len(flow.provider.books.requests) == 100
@@ -212,7 +211,7 @@ async def test_many_streams_of_clients_that_do_not_read_stay_bounded_together(
     flow = await start()
     clients = [await flow.connect(receive_bytes=SMALL_BYTES) for _ in range(20)]
     for client in clients:
-        client.writer.transport.pause_reading()
+        client.stop_reading()
         client.send(chat_request(stream=True, x_mock_events="5000", x_mock_event_bytes="1000"))
     await until(lambda: len(flow.connections) == 20)
     await until(lambda: all(each.writing_paused for each in flow.connections))
@@ -220,5 +219,5 @@ async def test_many_streams_of_clients_that_do_not_read_stay_bounded_together(
         assert each.transport is not None
         assert each.transport.get_write_buffer_size() <= PER_STREAM_BYTES
     for client in clients:
-        client.writer.transport.abort()
+        client.reset()
     await flow.quiet()

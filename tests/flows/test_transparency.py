@@ -79,9 +79,7 @@ async def test_a_stream_is_the_same_however_it_is_cut(
     cuts = [[STREAM], [STREAM[at : at + 1] for at in range(len(STREAM))]]
     cuts += [[STREAM[:at], STREAM[at:]] for at in range(1, len(STREAM), 7)]
     for pieces in cuts:
-        got, _ = await answered(
-            flow, raw, chat_request(stream=True), STREAM_HEAD + chunked(pieces)
-        )
+        got, _ = await answered(flow, raw, chat_request(stream=True), STREAM_HEAD + chunked(pieces))
         assert got.is_whole
         assert got.body == STREAM
     lines = await flow.logged(len(cuts))
@@ -189,7 +187,11 @@ async def test_a_chunked_request_body_arrives_as_the_same_bytes(flow: Flow) -> N
 
 async def test_only_the_model_changes_when_its_target_has_another_name(start: Start) -> None:
     flow = await start("models: {gpt: [{upstream: up-openai, model: gpt-real}]}")
-    sent: Any = {"temperature": 0.1, "new_field": {"a": [None, 1.5]}, "messages": [{"role": "user"}]}
+    sent: Any = {
+        "temperature": 0.1,
+        "new_field": {"a": [None, 1.5]},
+        "messages": [{"role": "user"}],
+    }
     body = json.dumps({"model": "gpt", **sent}).encode()
     answer = await flow.call(request("POST", CHAT, body))
     assert answer.status == 200
@@ -239,9 +241,7 @@ async def test_hop_by_hop_fields_are_not_passed_on(start: Start, raw: RawUpstrea
         b"HTTP/1.1 200 OK\r\nconnection: X-Inner, close\r\nx-inner: 1\r\nkeep-alive: timeout=9\r\n"
         b"proxy-authenticate: Basic\r\nx-outer: 1\r\ncontent-length: 2\r\n\r\n{}"
     )
-    got, received = await answered(
-        flow, raw, request("POST", CHAT, chat_body(), fields), answer
-    )
+    got, received = await answered(flow, raw, request("POST", CHAT, chat_body(), fields), answer)
     head = received.partition(b"\r\n\r\n")[0].lower()
     for name in (b"x-named", b"keep-alive", b"\r\nte:", b"proxy-", b"canary", b"connection"):
         assert name not in head
@@ -256,7 +256,8 @@ async def test_fields_of_the_answer_arrive_as_they_were_sent(
     flow = await start(config(raw))
     answer = (
         b"HTTP/1.1 418 Teapot\r\nX-RateLimit-Remaining: 9\r\nset-cookie: a=1\r\nset-cookie: b=2\r\n"
-        b"retry-after: 7\r\nx-odd: \xe4\xf6\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nno"
+        b"retry-after: 7\r\nx-odd: \xe4\xf6\r\ncontent-type: text/plain\r\n"
+        b"content-length: 2\r\n\r\nno"
     )
     got, _ = await answered(flow, raw, chat_request(), answer)
     assert (got.status, got.body) == (418, b"no")
@@ -396,3 +397,59 @@ async def test_a_large_answer_arrives_whole(start: Start, raw: RawUpstream) -> N
     got, _ = await answered(flow, raw, request("GET", "/up-openai/audio"), head + data)
     assert got.body == data
     assert got.header("content-length") == str(len(data))
+
+
+async def test_trailers_never_carry_framing_or_hop_by_hop_fields(
+    start: Start, raw: RawUpstream
+) -> None:
+    """RFC 9110, 6.5.1: a trailer must not say how the message is framed."""
+    flow = await start(config(raw))
+    client = await flow.connect()
+    client.send(chat_request(stream=True, te="trailers"))
+    connection = await raw.accept()
+    await connection.read_request()
+    trailers = b"x-checksum: 1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n"
+    connection.write(STREAM_HEAD + b"3\r\n: \n\r\n0\r\n" + trailers + b"\r\n")
+    answer = await client.answer()
+    names = {name for name, _ in answer.trailers}
+    assert names <= {"x-checksum"}
+    connection.close()
+
+
+async def test_head_of_our_own_answers_has_no_body(flow: Flow) -> None:
+    client = await flow.connect()
+    for path, status in (("/v1/models", 200), ("/nowhere", 404), (CHAT, 405)):
+        answer = await client.call(request("HEAD", path), is_head=True)
+        assert answer.status == status
+        assert int(answer.header("content-length") or 0) > 0
+    assert (await client.call(chat_request())).status == 200
+
+
+async def test_a_call_waits_for_a_free_connection_and_goes_on(start: Start) -> None:
+    flow = await start("upstreams: {up-openai: {pool: {max_connections: 1}}}")
+    clients = [await flow.connect() for _ in range(5)]
+    for client in clients:
+        client.send(chat_request(stream=True, x_mock_first_delay_ms="5"))
+    for client in clients:
+        answer = await client.answer()
+        assert (answer.status, answer.is_whole) == (200, True)
+    assert {line["outcome"] for line in await flow.logged(5)} == {"completed"}
+
+
+async def test_a_call_that_finds_no_free_connection_in_time_gets_504(start: Start) -> None:
+    flow = await start(
+        "upstreams: {up-openai: {pool: {max_connections: 1}, timeouts: {connect_s: 0.05}}}"
+    )
+    first = await flow.connect()
+    first.send(chat_request(x_mock_hang="head"))
+    await flow.provider.wait_for(lambda: flow.provider.open_requests == 1)
+    answer = await flow.call(chat_request())
+    assert (answer.status, answer.error["code"]) == (504, "upstream_pool_timeout")
+    first.leave()
+
+
+async def test_a_field_that_is_no_utf_8_passes_on_any_path(flow: Flow) -> None:
+    answer = await flow.call(request("GET", "/up-openai/files", b"", {"x-odd": "\xe4"}))
+    assert answer.status == 200
+    (received,) = flow.provider.books.requests
+    assert (b"x-odd", b"\xe4") in received.raw_headers

@@ -213,12 +213,12 @@ async def test_a_body_that_stops_coming_gets_408(start: Start, head: bytes) -> N
 
 
 async def test_a_slow_body_that_keeps_coming_is_no_silence(start: Start) -> None:
-    flow = await start("http: {body_silence_s: 0.2}")
+    flow = await start("http: {body_silence_s: 0.5}")
     client = await flow.connect()
     data = chat_request()
     client.send(data[:-6])
     for at in range(6, 0, -1):
-        await asyncio.sleep(0.06)  # 0.36 s in all, which is more than the allowed silence
+        await asyncio.sleep(0.1)  # 0.6 s in all, which is more than the allowed silence
         client.send(data[len(data) - at : len(data) - at + 1])
     assert (await client.answer()).status == 200
 

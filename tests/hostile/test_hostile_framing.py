@@ -46,9 +46,7 @@ LENGTH = b"content-length: %d" % len(BODY)
         LENGTH + b"\ntransfer-encoding: identity",
     ],
 )
-async def test_length_and_transfer_encoding_together_are_refused(
-    flow: Flow, fields: bytes
-) -> None:
+async def test_length_and_transfer_encoding_together_are_refused(flow: Flow, fields: bytes) -> None:
     await refused(flow, chat(fields, chunked(BODY) + SECOND))
 
 
@@ -208,4 +206,17 @@ async def test_a_get_with_a_body_does_not_leave_its_body_to_the_next_request(flo
     head = b"GET /v1/models HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(SECOND)
     assert (await client.call(head + SECOND)).status == 200
     assert (await client.call(SECOND)).status == 200
+    assert len(flow.provider.books.requests) == 1
+
+
+async def test_garbage_while_a_call_runs_does_not_spoil_its_answer(flow: Flow) -> None:
+    client = await flow.connect()
+    client.send(chat_request(stream=True, x_mock_first_delay_ms="20", x_mock_delay_ms="2"))
+    await flow.provider.wait_for(lambda: flow.provider.open_requests == 1)
+    client.send(b"\x00\xffgarbage\r\n\r\n" + SECOND)
+    answer = await client.answer()
+    assert (answer.status, answer.is_whole) == (200, True)
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+    assert (await client.answer()).status == 400
+    assert await client.is_closed()
     assert len(flow.provider.books.requests) == 1

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 import anthropic
@@ -180,6 +180,21 @@ class RawClient:
 
     def half_close(self) -> None:
         self.writer.write_eof()
+
+    def reset(self) -> None:
+        """Leave, and throw away what was not sent or read."""
+        self.writer.transport.abort()
+
+    def stop_reading(self) -> None:
+        """Leave in the kernel what comes from now on."""
+        self._transport.pause_reading()
+
+    def read_on(self) -> None:
+        self._transport.resume_reading()
+
+    @property
+    def _transport(self) -> asyncio.Transport:
+        return cast(asyncio.Transport, self.writer.transport)
 
 
 def _fields(lines: list[str]) -> list[tuple[str, str]]:

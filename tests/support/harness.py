@@ -34,6 +34,8 @@ from sidecar.tasks import Tasks
 from sidecar.team import Models, Patterns, Team
 
 MODEL = "gpt-4o-mini"
+PATIENCE_S = 5.0
+"""Only a test that fails waits so long."""
 TEAM = Team("tests", "normal", Patterns(["*"]), frozenset({"fake"}))
 
 
@@ -416,7 +418,7 @@ class Harness:
     ) -> None:
         while self._started:
             await self._started.pop().stop()
-        await self.tasks.stop(timeout_s=1.0)
+        await self.tasks.stop(timeout_s=PATIENCE_S)
         await self.resources.close()
 
     # Calls
@@ -475,9 +477,10 @@ class Harness:
         return run
 
     async def settled(self) -> None:
-        """Return once no background task runs any more."""
-        while len(self.tasks):  # noqa: ASYNC110 - nobody tells when the last one is over
-            await asyncio.sleep(0)
+        """Return once no background task runs any more; TimeoutError when one does not end."""
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.tasks):  # noqa: ASYNC110 - nobody tells when the last one is over
+                await asyncio.sleep(0)
 
     def value(self, name: str, **labels: str) -> Any:
         """A metric's value for exactly these labels; 0 when it has none. Histograms: the count."""
