@@ -8,6 +8,7 @@ debt      something owed at the end of either: a slot to free, a circuit to feed
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -408,6 +409,31 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Rejected(400, "invalid_json", "the request body must be a JSON object")
     return value
+
+
+def may_name_two_models(body: bytes) -> bool:
+    """Whether the name stands more than once in `body`, anywhere, or may stand escaped."""
+    return body.count(b'"model"') > 1 or b"\\u006" in body
+
+
+def refuse_second_model(body: bytes) -> None:
+    """Raise `Rejected` (400) when `body` names its model twice.
+
+    RFC 8259, 4: which of two equal names counts is up to the reader. The upstream could take
+    another model than the one we have looked at, so there must be no choice. Slow: ask
+    `may_name_two_models` first.
+    """
+    names: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names[:] = [name for name, _ in pairs]  # the outermost object comes last
+
+    try:
+        json.loads(body, object_pairs_hook=note)
+    except (ValueError, RecursionError):
+        return  # no JSON: whoever parses it next says so
+    if names.count("model") > 1:
+        raise Rejected(400, "duplicate_model", 'the request body names "model" twice')
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,16 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from multidict import MultiMapping
 
-from sidecar.call import Call, End, Outcome, Target, completed, end_of
+from sidecar.call import (
+    Call,
+    End,
+    Outcome,
+    Target,
+    completed,
+    end_of,
+    may_name_two_models,
+    refuse_second_model,
+)
 from sidecar.config.schema import HttpSettings
 from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI, Dialect, Endpoint
 from sidecar.dialects.endpoint import MODELS, OTHER, PASS_THROUGH
@@ -441,6 +450,8 @@ class Edge:
             call.refusal = _too_large(limit)
         elif call.endpoint.has_model:
             try:
+                if may_name_two_models(body):
+                    refuse_second_model(body)
                 self._find_targets(serving, call)
             except Rejected as refusal:
                 call.refusal = refusal
@@ -469,8 +480,10 @@ class Edge:
             pieces = []
             while data := await upload.readany():
                 pieces.append(data)
-            call.body = b"".join(pieces)
+            body = call.body = b"".join(pieces)
             if call.endpoint.has_model:
+                if may_name_two_models(body):  # a large one takes long: not on the loop
+                    await asyncio.to_thread(refuse_second_model, body)
                 self._find_targets(serving, call)
         except Rejected as refusal:
             call.refusal = refusal
