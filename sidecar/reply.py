@@ -268,6 +268,9 @@ class Body:
 
     def attach(self, sink: Sink) -> None:
         """Pass everything held, and from now on every piece, to `sink`."""
+        if self._ended is not None:  # a filter returned what it had given up
+            sink.fail(self._error or CallError(500, "internal_error", "the answer was given up"))
+            return
         self._sink = sink
         held, self._held = self._held, []
         for data in held:

@@ -217,6 +217,15 @@ def test_failed_body_that_nobody_wants_is_discarded() -> None:
     assert [outcome for outcome, _ in owner.ends] == [Outcome.DISCARDED]
 
 
+def test_attaching_to_a_body_that_ended_fails_at_once() -> None:
+    """A filter returned what it had discarded: nobody may wait for the rest of it."""
+    source, sink = ScriptedSource(), ListSink()
+    source.feed(b"one")
+    source.body.discard()
+    source.body.attach(sink)
+    assert sink.log == ["fail"]
+
+
 # Taps
 
 

@@ -309,6 +309,9 @@ class Connection(asyncio.BufferedProtocol):
         if data and body is not None:
             self._head_bytes = 0
             if self._waiter is not None:
+                if self._waiter.done():  # cancelled in this very turn: nobody takes the answer
+                    self.abort()
+                    return
                 self._answer()
                 self._arm(self._silence_s)
             body.feed(data)

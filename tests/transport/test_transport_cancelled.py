@@ -251,6 +251,25 @@ async def test_in_the_turn_that_brings_the_first_byte(
     await until(lambda: repr(upstream.pool) == EMPTY_POOL)
 
 
+async def test_in_the_turn_before_the_first_byte_is_read(
+    begin: Begin, upstream: LiveUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waiting was cancelled, but the task has not run since: nobody will take the answer."""
+    exchange = await begin()
+    flush = Connection._flush
+
+    def cancel_and_flush(connection: Connection) -> None:
+        exchange.reply.cancel()
+        flush(connection)
+
+    monkeypatch.setattr(Connection, "_flush", cancel_and_flush)
+    exchange.connection.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nf")
+    with pytest.raises(asyncio.CancelledError):
+        await exchange.reply
+    await exchange.connection.closed()
+    await until(lambda: repr(upstream.pool) == EMPTY_POOL)
+
+
 async def test_many_calls_cancelled_at_random_moments_leak_nothing(
     raw: RawUpstream, open_upstream: OpenUpstream
 ) -> None:
