@@ -62,6 +62,23 @@ class Event:
                 self._json = None
         return self._json
 
+    def last_field(self, name: bytes) -> Any:
+        """The value of the data's last field `name`, when that stands in the outermost object.
+
+        Parses from there on only: `usage` tends to stand at the end, behind an answer of any
+        length. None when there is no such field, or it stands deeper; then `json` knows.
+        """
+        data = self.data
+        start = data.rfind(b'"%b"' % name)
+        if start < 0:
+            return None
+        try:
+            # Valid only if nothing but the outermost object is open there.
+            fields = orjson.loads(b"{" + data[start:])
+        except orjson.JSONDecodeError:
+            return None
+        return fields.get(name.decode()) if isinstance(fields, dict) else None
+
     def _values(self, field: bytes) -> list[bytes]:
         values = []
         for line in self.raw.split(b"\n"):

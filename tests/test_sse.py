@@ -201,3 +201,23 @@ def test_line_ends_inside_of_data_become_further_lines() -> None:
     assert encode(b"a\r\nb\rc\nd") == b"data: a\ndata: b\ndata: c\ndata: d\n\n"
     assert encode(b"{}", "error") == b"event: error\ndata: {}\n\n"
     assert encode(b"") == b"data: \n\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (b'{"choices":[],"usage":{"n":1}}', {"n": 1}),
+        (b'{"usage":{"n":1},"id":"x"} ', {"n": 1}),
+        (b'{"a":{"usage":{"n":2}},"usage":{"n":1}}', {"n": 1}),
+        (b'{"usage":{"n":1},"a":{"usage":{"n":2}}}', None),  # stands deeper: `json` knows
+        (b'{"response":{"usage":{"n":1}}}', None),
+        (b'[{"usage":{"n":1}}]', None),
+        (b'{"text":"say \\"usage\\": {}","id":1}', None),
+        (b'{"type":"usage"}', None),
+        (b'{"usage":{"n":1}', None),
+        (b"[DONE]", None),
+    ],
+)
+def test_last_field_is_found_only_in_the_outermost_object(data: bytes, value: object) -> None:
+    assert JsonEvent(data).last_field(b"usage") == value
+    assert Event(b"data: " + data).last_field(b"usage") == value

@@ -66,14 +66,16 @@ class Anthropic:
         """`message_delta` is cumulative and may leave out what `message_start` said."""
         if b'"usage"' not in event.raw:
             return before
-        body = event.json()
-        if not isinstance(body, dict):
-            return before
-        usage = body.get("usage")
-        if usage is None and isinstance(body.get("message"), dict):
-            usage = body["message"].get("usage")
-        if not isinstance(usage, dict):
-            return before
+        usage = event.last_field(b"usage")
+        if type(usage) is not dict:
+            body = event.json()
+            if not isinstance(body, dict):
+                return before
+            usage = body.get("usage")
+            if usage is None and isinstance(body.get("message"), dict):
+                usage = body["message"].get("usage")
+            if not isinstance(usage, dict):
+                return before
         old = before or Usage()
         cached = _later(usage, "cache_read_input_tokens", old.cached)
         cache_write = _later(usage, "cache_creation_input_tokens", old.cache_write)

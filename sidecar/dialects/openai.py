@@ -69,14 +69,16 @@ class OpenAI:
             b'"usage":null' in event.raw and b'"usage":{' not in event.raw
         ):  # every event of a stream with `include_usage`: not worth parsing
             return before
-        body = event.json()
-        if not isinstance(body, dict):
-            return before
-        usage = body.get("usage")
-        if usage is None and isinstance(body.get("response"), dict):
-            usage = body["response"].get("usage")
-        if not isinstance(usage, dict):
-            return before
+        usage = event.last_field(b"usage")
+        if type(usage) is not dict:
+            body = event.json()
+            if not isinstance(body, dict):
+                return before
+            usage = body.get("usage")
+            if usage is None and isinstance(body.get("response"), dict):
+                usage = body["response"].get("usage")
+            if not isinstance(usage, dict):
+                return before
         if "prompt_tokens" in usage:
             tokens_in, tokens_out = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
             details_in = usage.get("prompt_tokens_details")

@@ -7,6 +7,7 @@ strictly; what it leaves open (size of the head, end by close, bytes nobody aske
 from __future__ import annotations
 
 import asyncio
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from sidecar.call import Timeouts, Upload
 from sidecar.errors import CallError, Phase, Retry, UpstreamError
 from sidecar.headers import Headers, RawFields
 from sidecar.reply import Body, Reply
+from sidecar.transport.deadlines import Deadlines
 
 MAX_HEAD_BYTES = 128 * 1024
 MAX_TRAILERS = 64
@@ -45,6 +47,8 @@ _READ_BUFFER = memoryview(bytearray(READ_BYTES))
 class Owner(Protocol):
     """Who keeps the connection: its pool."""
 
+    deadlines: Deadlines
+
     def released(self, connection: Connection) -> None:
         """The exchange is over and the connection may serve another."""
         ...
@@ -61,6 +65,7 @@ class Connection(asyncio.BufferedProtocol):
         "__weakref__",
         "_body",
         "_cause",
+        "_deadlines",
         "_head_bytes",
         "_headers",
         "_is_done",
@@ -76,11 +81,12 @@ class Connection(asyncio.BufferedProtocol):
         "_pieces",
         "_reply",
         "_silence_s",
-        "_timer",
         "_total_at",
+        "_total_s",
         "_upload",
         "_waiter",
         "_writable",
+        "due",
         "idle_since",
         "transport",
     )
@@ -94,7 +100,8 @@ class Connection(asyncio.BufferedProtocol):
         self._is_poisoned = False  # the far side sent what nobody asked for
         self._cause: Exception | None = None
         self._writable: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadlines = owner.deadlines
+        self.due = inf  # when `on_time` is to be called
         self._waiter: asyncio.Future[Reply] | None = None
         self._upload: asyncio.Task[None] | None = None
         self._pieces: list[bytes] = []
@@ -112,6 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         self._paused = False
         self._last_read = 0.0
         self._silence_s = 0.0
+        self._total_s = 0.0
         self._total_at = 0.0
 
     @property
@@ -140,6 +148,7 @@ class Connection(asyncio.BufferedProtocol):
         loop = self._loop
         self._is_head_request = method == "HEAD"
         self._silence_s = timeouts.silence_s
+        self._total_s = timeouts.total_s
         self._total_at = total_at
         waiter = self._waiter = loop.create_future()
         if upload is None and len(body) <= READ_BYTES:
@@ -218,7 +227,7 @@ class Connection(asyncio.BufferedProtocol):
         self._reply = None
         self._is_done = True
         self._is_poisoned = True
-        self._disarm()
+        self.due = inf
         if self._upload is not None:
             self._upload.cancel()
             self._upload = None
@@ -228,20 +237,11 @@ class Connection(asyncio.BufferedProtocol):
     # Time
 
     def _arm(self, delay_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        left_s = self._total_at - self._loop.time()
-        self._timer = self._loop.call_later(
-            delay_s if delay_s < left_s else max(left_s, 0.0), self._on_time
-        )
+        due = self._deadlines.after(delay_s if delay_s < self._total_s else self._total_s)
+        self.due = due if due < self._total_at else self._total_at
 
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _on_time(self) -> None:
-        self._timer = None
+    def on_time(self) -> None:
+        """A deadline has passed: which, and is it still one?"""
         now = self._loop.time()
         if now >= self._total_at - 0.001:
             phase = Phase.SEND if self._reply is None else Phase.BODY
@@ -249,19 +249,19 @@ class Connection(asyncio.BufferedProtocol):
         elif self._waiter is not None:
             phase = Phase.HEAD if self._head_bytes else Phase.SEND
             self._fail_exchange(_timeout(phase, "the upstream did not answer in time"))
-        elif self._paused:
-            self._arm(self._silence_s)
         else:
-            left = self._last_read + self._silence_s - now
-            if left <= 0.001:
+            # While we do not listen there is no silence of the upstream's.
+            silent_at = (now if self._paused else self._last_read) + self._silence_s
+            if silent_at <= now + 0.001:
                 self._fail_exchange(_timeout(Phase.BODY, "the upstream fell silent"))
-            else:
-                self._arm(left)
+            else:  # the tick goes on as it is: it need not be finer for what is left
+                self.due = min(silent_at, self._total_at)
 
     # asyncio's callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._deadlines.members.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return _READ_BUFFER
@@ -328,10 +328,7 @@ class Connection(asyncio.BufferedProtocol):
         """The message is over: free the connection, then tell the body."""
         data = self._take_pieces()
         body = self._body
-        timer = self._timer
-        if timer is not None:
-            self._timer = None
-            timer.cancel()
+        self.due = inf
         self._answer()
         if self._upload is not None:
             if not self._upload.done():
@@ -376,7 +373,8 @@ class Connection(asyncio.BufferedProtocol):
         elif not self._is_poisoned and (self._waiter is not None or self._body is not None):
             self._fail_exchange(self._lost(), exc)
         self._is_poisoned = True
-        self._disarm()
+        self.due = inf
+        self._deadlines.members.discard(self)
         del self._parser  # it refers back to us: a cycle
         self._owner.closed(self)
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from sidecar.errors import Phase, Retry, UpstreamError
 from sidecar.transport.connection import Connection
+from sidecar.transport.deadlines import Deadlines
 
 DOUBT_AFTER_S = 1.0
 """An idle connection older than this is asked whether the far side has closed it."""
@@ -37,6 +38,7 @@ class Pool:
         self._sweeper: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._loop = asyncio.get_running_loop()
+        self.deadlines = Deadlines(self._loop)
 
     @property
     def in_use(self) -> int:
