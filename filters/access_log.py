@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,9 @@ class AccessLog(CallFilter):
 
     sees_refused = True
 
-    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+    def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
         call.on_end(partial(self._write, call))
-        return await call_next(call)
+        return call_next(call)
 
     def _write(self, call: Call, end: End) -> None:
         now = self.kit.clock.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from functools import partial
 from typing import NamedTuple
 
@@ -70,10 +71,10 @@ class CallMetrics(CallFilter):
         # All that one set of labels counts, found by one look-up at the end of a call.
         self._series: dict[tuple[str, str, int, Outcome], Series] = {}
 
-    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+    def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
         self._open_here.value += 1
         call.on_end(partial(self._count, call))
-        return await call_next(call)
+        return call_next(call)
 
     def _count(self, call: Call, end: End) -> None:
         now = self.kit.clock.monotonic()

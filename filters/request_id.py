@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable
 
-from sidecar.api import Call, CallFilter, CallNext, FilterConfig, HeaderName, Kit, Reply
+from sidecar.api import Call, CallFilter, CallNext, FilterConfig, HeaderName, Kit, Reply, field
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._:-]{1,128}").fullmatch
 
@@ -28,12 +29,14 @@ class RequestId(CallFilter):
         super().__init__(config, kit)
         self._header = config.header
         self._accept = config.accept
+        self._name, _ = field(config.header, "")
 
-    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+    def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
         if self._accept:
             theirs = call.headers.get(self._header)
             if theirs is not None and _ACCEPTABLE(theirs):
                 call.id = theirs
-        call.set_upstream_header(self._header, call.id)
-        call.set_reply_header(self._header, call.id)
-        return await call_next(call)
+        value = call.id.encode()  # of our own making, or of acceptable characters: checked
+        call.put_upstream_field(self._name, value)
+        call.put_reply_field(self._name, value)
+        return call_next(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Literal
 from urllib.parse import quote, unquote_plus
 
@@ -67,7 +68,7 @@ class Sign(AttemptFilter):
             else:
                 self._queries[upstream] = (settings.name, quote(key, safe=""))
 
-    async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+    def handle(self, attempt: Attempt, call_next: AttemptNext) -> Awaitable[Reply]:
         name = attempt.upstream.name
         header = self._headers.get(name)
         if header is not None:
@@ -76,7 +77,7 @@ class Sign(AttemptFilter):
             query = self._queries.get(name)
             if query is not None:
                 attempt.path = with_parameter(attempt.path, *query)
-        return await call_next(attempt)
+        return call_next(attempt)
 
 
 def with_parameter(path: str, name: str, quoted_value: str) -> str:

@@ -332,17 +332,25 @@ class Call(Scope):
 
     def set_upstream_header(self, name: str, value: str) -> None:
         """Send this header with every attempt. ValueError when it could end the line."""
-        key, data = field(name, value)
-        if self.upstream_headers is None:
-            self.upstream_headers = {}
-        self.upstream_headers[key] = data
+        self.put_upstream_field(*field(name, value))
 
     def set_reply_header(self, name: str, value: str) -> None:
         """Send this header with any answer. ValueError when it could end the line."""
-        key, data = field(name, value)
+        self.put_reply_field(*field(name, value))
+
+    def put_upstream_field(self, name: bytes, value: bytes) -> None:
+        """`set_upstream_header` for a field that `field` has checked."""
+        if self.upstream_headers is None:
+            self.upstream_headers = {name: value}
+        else:
+            self.upstream_headers[name] = value
+
+    def put_reply_field(self, name: bytes, value: bytes) -> None:
+        """`set_reply_header` for a field that `field` has checked."""
         if self.reply_headers is None:
-            self.reply_headers = {}
-        self.reply_headers[key] = data
+            self.reply_headers = {name: value}
+        else:
+            self.reply_headers[name] = value
 
     @property
     def json(self) -> dict[str, Any]:

@@ -107,8 +107,11 @@ class CallFilter(Filter):
     """Also runs for calls that the edge refuses (unknown key or model, malformed body), whose
     `call_next` raises. For observers: ids, logs, metrics."""
 
-    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+    def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
         """Answer the call, refuse it (`raise Rejected`), or pass it on (`await call_next(call)`).
+
+        Usually `async def`. One that has nothing to do once the reply is here may be a plain
+        function that ends in `return call_next(call)`: a coroutine less.
 
         `call_next` returns once the upstream's head and first body byte are here. Before that a
         failure is an exception and another try is safe to consider; afterwards nobody retries.
@@ -120,6 +123,6 @@ class CallFilter(Filter):
 class AttemptFilter(Filter):
     """Runs once for each try, knows the upstream, and has its own copy of the head."""
 
-    async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+    def handle(self, attempt: Attempt, call_next: AttemptNext) -> Awaitable[Reply]:
         """As `CallFilter.handle`, for one attempt; `attempt.headers` and `.path` may be changed."""
         raise NotImplementedError
