@@ -294,12 +294,14 @@ class Edge:
         protocol.call = call
         # After an upgrade we declined, aiohttp's parser waits for another protocol.
         keep_alive = not (message.should_close or message.upgrade)
+        has_run = False
         try:
             if call.refusal is None:
                 if payload.is_eof():
                     self._take_body(serving, call, payload)
                 else:
                     await self._receive(serving, call, payload, protocol)
+            has_run = True
             if call.refusal is not None:
                 reply = await policy.refuse(call)
             elif serving.http.heartbeat_s and call.is_stream:
@@ -319,6 +321,12 @@ class Edge:
         except asyncio.CancelledError:
             if call.cancelled_as is not Outcome.ABORTED or protocol.transport is None:
                 call.cancelled_as = call.cancelled_as or Outcome.CLIENT_GONE
+                if not has_run:  # the client left within its body: observers see that too
+                    call.refusal = Rejected(499, "client_gone", "the client left")
+                    try:
+                        await policy.refuse(call)
+                    except CallError:
+                        pass
                 call.finish(End(call.cancelled_as, call.status))
                 raise
             task = asyncio.current_task()
