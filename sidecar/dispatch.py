@@ -78,11 +78,11 @@ class Dispatch:
             named = ",".join(call.headers.getall("connection")).lower().encode("latin-1", "replace")
             dropped = {name.strip() for name in named.split(b",")}
             fields = [field for field in fields if field[0] not in dropped]
-        headers = Headers.of_raw(fields)
         if self._taps_events:
             fields.append((b"accept-encoding", b"identity"))
         elif (accepted := call.headers.get("accept-encoding")) is not None:
-            headers["accept-encoding"] = accepted
+            fields.append((b"accept-encoding", accepted.encode("utf-8", "surrogateescape")))
+        headers = Headers.of_raw(fields)
         if call.upstream_headers is not None:
             headers.put(call.upstream_headers)
         if upstream.extra_headers:

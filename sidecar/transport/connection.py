@@ -64,7 +64,6 @@ class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "__weakref__",
         "_body",
-        "_cause",
         "_deadlines",
         "_head_bytes",
         "_headers",
@@ -98,7 +97,6 @@ class Connection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
         self._is_poisoned = False  # the far side sent what nobody asked for
-        self._cause: Exception | None = None
         self._writable: asyncio.Future[None] | None = None
         self._deadlines = owner.deadlines
         self.due = inf  # when `on_time` is to be called
