@@ -12,8 +12,8 @@ import orjson
 
 from sidecar.call import ChatView, Usage
 from sidecar.dialects.endpoint import Endpoint
-from sidecar.dialects.openai import count, model_of
-from sidecar.errors import CallError, Rejected
+from sidecar.dialects.fields import chat_view, count, usage_object
+from sidecar.errors import CallError
 from sidecar.sse import Event, encode
 
 ERROR_TYPES = {
@@ -41,17 +41,7 @@ class Anthropic:
     )
 
     def view(self, body: Mapping[str, Any]) -> ChatView:
-        messages = body.get("messages")
-        if not isinstance(messages, list):
-            raise Rejected(400, "invalid_request", "`messages` must be a list")
-        max_tokens = body.get("max_tokens")
-        return ChatView(
-            dialect=self.name,
-            model=model_of(body),
-            messages=tuple(item for item in messages if isinstance(item, dict)),
-            is_stream=body.get("stream") is True,
-            max_tokens=max_tokens if isinstance(max_tokens, int) else None,
-        )
+        return chat_view(self.name, body, body.get("messages"), body.get("max_tokens"))
 
     def upstream_path(self, base_path: str, path: str) -> str:
         return base_path + path
@@ -66,16 +56,9 @@ class Anthropic:
         """`message_delta` is cumulative and may leave out what `message_start` said."""
         if b'"usage"' not in event.raw:
             return before
-        usage = event.last_field(b"usage")
-        if type(usage) is not dict:
-            body = event.json()
-            if not isinstance(body, dict):
-                return before
-            usage = body.get("usage")
-            if usage is None and isinstance(body.get("message"), dict):
-                usage = body["message"].get("usage")
-            if not isinstance(usage, dict):
-                return before
+        usage = usage_object(event, "message")
+        if usage is None:
+            return before
         old = before or Usage()
         cached = _later(usage, "cache_read_input_tokens", old.cached)
         cache_write = _later(usage, "cache_creation_input_tokens", old.cache_write)

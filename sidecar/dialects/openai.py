@@ -12,7 +12,8 @@ import orjson
 
 from sidecar.call import ChatView, Usage
 from sidecar.dialects.endpoint import Endpoint
-from sidecar.errors import CallError, Rejected
+from sidecar.dialects.fields import chat_view, count, usage_object
+from sidecar.errors import CallError
 from sidecar.sse import Event, encode
 
 ERROR_TYPES = {
@@ -39,17 +40,9 @@ class OpenAI:
             messages = body.get("input", body.get("prompt", ()))
         if isinstance(messages, str):
             messages = ({"role": "user", "content": messages},)
-        if not isinstance(messages, list | tuple):
-            raise Rejected(400, "invalid_request", "`messages` must be a list")
         max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
         max_tokens = max_tokens or body.get("max_output_tokens")
-        return ChatView(
-            dialect=self.name,
-            model=model_of(body),
-            messages=tuple(item for item in messages if isinstance(item, dict)),
-            is_stream=body.get("stream") is True,
-            max_tokens=max_tokens if isinstance(max_tokens, int) else None,
-        )
+        return chat_view(self.name, body, messages, max_tokens)
 
     def upstream_path(self, base_path: str, path: str) -> str:
         return (base_path or "/v1") + path.removeprefix("/v1")
@@ -69,16 +62,9 @@ class OpenAI:
             b'"usage":null' in event.raw and b'"usage":{' not in event.raw
         ):  # every event of a stream with `include_usage`: not worth parsing
             return before
-        usage = event.last_field(b"usage")
-        if type(usage) is not dict:
-            body = event.json()
-            if not isinstance(body, dict):
-                return before
-            usage = body.get("usage")
-            if usage is None and isinstance(body.get("response"), dict):
-                usage = body["response"].get("usage")
-            if not isinstance(usage, dict):
-                return before
+        usage = usage_object(event, "response")
+        if usage is None:
+            return before
         if "prompt_tokens" in usage:
             tokens_in, tokens_out = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
             details_in = usage.get("prompt_tokens_details")
@@ -126,22 +112,6 @@ def _error_fields(error: CallError) -> dict[str, Any]:
     if kind is None:
         kind = "invalid_request_error" if error.status < 500 else "api_error"
     return {"message": error.message, "type": kind, "param": None, "code": error.code}
-
-
-def model_of(body: Mapping[str, Any]) -> str:
-    """The body's model; raises `Rejected` (400) when there is none."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise Rejected(400, "model_required", 'the request body must name a "model"')
-    return model
-
-
-def count(fields: Any, name: str) -> int:
-    """A token count from a `usage` object; 0 when it is missing or no number."""
-    value = fields.get(name) if type(fields) is dict else None
-    if type(value) is int and value > 0:
-        return value
-    return int(value) if isinstance(value, float) and 0 < value < 1e15 else 0
 
 
 OPENAI = OpenAI()

@@ -1,0 +1,53 @@
+"""Reading fields that dialects have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sidecar.call import ChatView
+from sidecar.errors import Rejected
+from sidecar.sse import Event
+
+
+def model_of(body: Mapping[str, Any]) -> str:
+    """The body's model; raises `Rejected` (400) when there is none."""
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise Rejected(400, "model_required", 'the request body must name a "model"')
+    return model
+
+
+def chat_view(dialect: str, body: Mapping[str, Any], messages: Any, max_tokens: Any) -> ChatView:
+    """The typed view of a request; raises `Rejected` (400) when `messages` is no list."""
+    if not isinstance(messages, list | tuple):
+        raise Rejected(400, "invalid_request", "`messages` must be a list")
+    return ChatView(
+        dialect=dialect,
+        model=model_of(body),
+        messages=tuple(item for item in messages if isinstance(item, dict)),
+        is_stream=body.get("stream") is True,
+        max_tokens=max_tokens if isinstance(max_tokens, int) else None,
+    )
+
+
+def usage_object(event: Event, inner: str) -> dict[str, Any] | None:
+    """The event's `usage`, of its own or of the object in its field `inner`."""
+    usage = event.last_field(b"usage")  # the usual place, without parsing the answer before it
+    if type(usage) is dict:
+        return usage
+    body = event.json()
+    if not isinstance(body, dict):
+        return None
+    usage = body.get("usage")
+    if usage is None and isinstance(body.get(inner), dict):
+        usage = body[inner].get("usage")
+    return usage if isinstance(usage, dict) else None
+
+
+def count(fields: Any, name: str) -> int:
+    """A token count from a `usage` object; 0 when it is missing or no number."""
+    value = fields.get(name) if type(fields) is dict else None
+    if type(value) is int and value > 0:
+        return value
+    return int(value) if isinstance(value, float) and 0 < value < 1e15 else 0
