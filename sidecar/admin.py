@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from sidecar.listen import remove_stale_socket, shown_address
 from sidecar.metrics import FamilySnapshot, exposition
 
 State = Callable[[], Awaitable[str]]
@@ -108,35 +106,3 @@ def _json(value: Any, *, status: int = 200, indent: bool = False) -> web.Respons
         content_type="application/json",
         headers={"cache-control": "no-store"},
     )
-
-
-def remove_stale_socket(path: Path) -> None:
-    """Remove a socket file that nobody listens on; anything else stays and raises OSError."""
-    try:
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OSError(f"{path} exists and is no socket: remove it or choose another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its queue is full: somebody listens
-    raise OSError(f"{path} is in use by another process")
-
-
-def why_not(error: OSError) -> str:
-    """The reason of a failed listen in the system's words, without the address it repeats."""
-    if error.errno is None or isinstance(error, socket.gaierror):
-        return error.strerror or str(error)
-    return os.strerror(error.errno)
-
-
-def shown_address(name: tuple[Any, ...]) -> str:
-    """`host:port` of a TCP socket's name, an IPv6 host in brackets."""
-    host, port = name[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

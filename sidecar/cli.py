@@ -125,7 +125,7 @@ def mock(listen: str, script: Path | None) -> None:
     host, _, port = listen.rpartition(":")
     if not listen.startswith("unix:/") and not (host and port.isdigit() and int(port) <= 65535):
         raise click.BadParameter('write "host:port" or "unix:/path"', param_hint="--listen")
-    from sidecar.admin import why_not
+    from sidecar.listen import why_not
     from sidecar.mock import MockProvider, Script, ScriptError
 
     try:

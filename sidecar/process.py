@@ -20,8 +20,9 @@ from typing import Any
 import aiohttp
 import click
 
-from sidecar.admin import Admin, shown_address, why_not
+from sidecar.admin import Admin
 from sidecar.config import Bound, Config, redacted
+from sidecar.listen import shown_address, why_not
 from sidecar.metrics import FamilySnapshot, merge
 from sidecar.reload import Reloader
 from sidecar.server import (

@@ -12,11 +12,12 @@ from typing import Any
 
 from aiohttp import http_parser
 
-from sidecar.admin import Admin, remove_stale_socket, shown_address, why_not
+from sidecar.admin import Admin
 from sidecar.clock import SystemClock
 from sidecar.config import Bound, redacted
 from sidecar.edge import Edge, EdgeProtocol, EdgeServer
 from sidecar.errors import CallError, SidecarError
+from sidecar.listen import remove_stale_socket, shown_address, why_not
 from sidecar.log import LineWriter
 from sidecar.metrics import FamilySnapshot, Metrics
 from sidecar.resources import Resources

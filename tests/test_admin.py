@@ -17,8 +17,9 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar import admin as admin_module
-from sidecar.admin import Admin, remove_stale_socket, why_not
+from sidecar.admin import Admin
 from sidecar.config import bind, load_config
+from sidecar.listen import remove_stale_socket, why_not
 from sidecar.metrics import FamilySnapshot, Metrics
 from sidecar.server import Server
 from tests.support.process import write_config

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     # No knowledge of calls.
     (
-        *("errors", "clock", "tasks", "log", "metrics", "resources", "headers"),
+        *("errors", "clock", "tasks", "log", "metrics", "resources", "headers", "listen"),
         *("config.references", "config.secret"),  # values that filters' settings are made of
     ),
     # A call, its bytes, and what they mean.
