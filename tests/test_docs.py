@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import inspect
@@ -312,3 +313,26 @@ def test_documented_metrics_are_those_that_are_counted() -> None:
     }
     made = Harness(CallMetrics).metrics.snapshot()
     assert documented == {family["name"]: tuple(family["labels"]) for family in made}
+
+
+def codes_of(source: Path) -> set[str]:
+    """The stable codes of the errors that a module makes."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            texts = [
+                each.value
+                for each in node.args
+                if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            ]
+            if node.func.id in ("Rejected", "CallError", "UpstreamError", "NoAnswer") and texts:
+                found.add(texts[0])
+    return found
+
+
+def test_every_error_code_is_explained() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    sources = [*(ROOT / "sidecar").rglob("*.py"), *(ROOT / "filters").rglob("*.py")]
+    codes = set().union(*map(codes_of, sources))
+    assert {"model_not_found", "upstream_closed", "origin_not_allowed"} <= codes
+    assert {code for code in codes if f"`{code}`" not in page} == set()
