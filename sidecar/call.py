@@ -260,7 +260,6 @@ class Call(Scope):
         "endpoint",
         "headers",
         "id",
-        "is_body_changed",
         "label",
         "method",
         "model",
@@ -327,7 +326,6 @@ class Call(Scope):
         self.bytes_in = 0
         self.bytes_out = 0
         self.cancelled_as: Outcome | None = None  # why our task was cancelled, if it was
-        self.is_body_changed = False
         self._json: Any = None
 
     def set_upstream_header(self, name: str, value: str) -> None:
@@ -369,7 +367,6 @@ class Call(Scope):
         """Send `value` to the upstream instead of the bytes that came in."""
         self._json = value
         self.body = orjson.dumps(value)
-        self.is_body_changed = True
 
     @property
     def is_stream(self) -> bool:

@@ -8,8 +8,6 @@ from typing import Any
 from sidecar.call import Key
 from sidecar.filter import AttemptFilter, AttemptNext, CallFilter, CallNext, Filter
 
-GIVEN_BY_CORE: frozenset[Key[Any]] = frozenset()
-
 
 def check_order(call: Sequence[type[Filter]], attempt: Sequence[type[Filter]]) -> list[str]:
     """What is wrong with a chain of these classes; empty when nothing is.
@@ -17,7 +15,7 @@ def check_order(call: Sequence[type[Filter]], attempt: Sequence[type[Filter]]) -
     The facts of the whole call chain are there for every attempt filter.
     """
     mistakes = []
-    given = set(GIVEN_BY_CORE)
+    given: set[Key[Any]] = set()
     for place, kind, classes in (("call", CallFilter, call), ("attempt", AttemptFilter, attempt)):
         for index, filter_class in enumerate(classes):
             name = filter_class.__name__

@@ -169,10 +169,6 @@ class Body:
             self.is_arrived and self._error is None and self._sink is None and self._ended is None
         )
 
-    @property
-    def is_mapped(self) -> bool:
-        return any(isinstance(stage, _Map) for stage in self._stages)
-
     def peek(self) -> bytes:
         """The bytes in hand before anybody takes them."""
         return b"".join(self._held)

@@ -33,7 +33,7 @@ FLUSH_LOOK_S = 0.01
 
 EXIT_STOPPED = 0  # asked to stop; every call had ended
 EXIT_NOT_STARTED = 1  # a port in use, a filter that did not start
-EXIT_CONFIG = 2  # the configuration does not load
+# 2: the configuration does not load, or the command was used wrongly (see cli.py)
 EXIT_ABORTED_CALLS = 3  # asked to stop; calls still ran after `drain_s` and were aborted
 EXIT_AT_ONCE = 130  # a second signal
 

@@ -172,7 +172,6 @@ class Snapshot:
             team=team,
             run=link_call(call_filters, dispatch),
             refuse=link_call(observers, _refuse),
-            taps_events=taps_events,
         )
 
     def _nobody(self) -> Policy:
@@ -184,7 +183,7 @@ class Snapshot:
             if getattr(spec.filter_class, "sees_refused", False)
         ]
         refuse = link_call(self._make(specs, team.name), _refuse)
-        return Policy(team=team, run=refuse, refuse=refuse, taps_events=False)
+        return Policy(team=team, run=refuse, refuse=refuse)
 
     def _make(self, specs: Sequence[FilterSpec], team: str) -> list[Any]:
         made = []

@@ -87,7 +87,6 @@ class Policy:
     team: Team
     run: CallNext
     refuse: CallNext
-    taps_events: bool
 
 
 class Callers:

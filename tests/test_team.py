@@ -21,7 +21,7 @@ async def nobody(call: Call) -> Reply:
 
 def policy(name: str, models: tuple[str, ...] = ("*",)) -> Policy:
     team = Team(name, "normal", Patterns(models), frozenset())
-    return Policy(team=team, run=nobody, refuse=nobody, taps_events=False)
+    return Policy(team=team, run=nobody, refuse=nobody)
 
 
 # Patterns
