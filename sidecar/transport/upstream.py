@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +222,7 @@ def pool_key(name: str, settings: UpstreamSettings) -> tuple[object, ...]:
     """Two snapshots share a pool when everything that makes a connection is the same, the contents
     of its certificates included."""
     proxy = settings.proxy
-    shown = proxy.sha256() if isinstance(proxy, Secret) else (proxy, os.environ.get("HTTPS_PROXY"))
+    shown = proxy.sha256() if isinstance(proxy, Secret) else proxy
     tls = settings.tls
     files = [
         hashlib.sha256(Path(file).read_bytes()).hexdigest()

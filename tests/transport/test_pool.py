@@ -35,6 +35,16 @@ def start(upstream: LiveUpstream, path: str, **kwargs: object) -> asyncio.Task[R
     return asyncio.create_task(upstream.send(attempt))
 
 
+async def occupied(
+    upstream: LiveUpstream, raw: RawUpstream
+) -> tuple[asyncio.Task[Reply], RawConnection]:
+    """A call whose request has arrived and whose answer the test owes, and its connection."""
+    running = start(upstream, "/0")
+    connection = await raw.accept()
+    await connection.read_request()
+    return running, connection
+
+
 async def in_order(upstream: LiveUpstream, *paths: str) -> list[asyncio.Task[Reply]]:
     """Calls that queue for the pool, each after the one before."""
     tasks = []
@@ -62,9 +72,7 @@ async def test_connection_used_last_is_used_first(raw: RawUpstream, upstream: Li
 async def test_never_more_connections_than_allowed_and_callers_are_served_in_order(
     raw: RawUpstream, single: LiveUpstream
 ) -> None:
-    running = start(single, "/0")
-    connection = await raw.accept()
-    await connection.read_request()
+    running, connection = await occupied(single, raw)
     waiting = await in_order(single, "/1", "/2", "/3")
     assert not raw.has_waiting()
     connection.write(OK)
@@ -78,9 +86,7 @@ async def test_never_more_connections_than_allowed_and_callers_are_served_in_ord
 async def test_caller_in_the_queue_is_not_overtaken_when_a_connection_closes(
     raw: RawUpstream, single: LiveUpstream
 ) -> None:
-    running = start(single, "/0")
-    connection = await raw.accept()
-    await connection.read_request()
+    running, connection = await occupied(single, raw)
     first, second = await in_order(single, "/1", "/2")
     late: list[asyncio.Task[Reply]] = []
     (open_one,) = single.pool._open
@@ -107,9 +113,7 @@ async def test_caller_in_the_queue_is_not_overtaken_when_a_connection_closes(
 async def test_cancelled_caller_leaves_the_queue_and_the_next_is_served(
     raw: RawUpstream, single: LiveUpstream
 ) -> None:
-    running = start(single, "/0")
-    connection = await raw.accept()
-    await connection.read_request()
+    running, connection = await occupied(single, raw)
     first, second = await in_order(single, "/1", "/2")
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
@@ -123,9 +127,7 @@ async def test_cancelled_caller_leaves_the_queue_and_the_next_is_served(
 async def test_caller_cancelled_in_the_turn_that_served_it_hands_on_what_it_got(
     raw: RawUpstream, single: LiveUpstream
 ) -> None:
-    running = start(single, "/0")
-    connection = await raw.accept()
-    await connection.read_request()
+    running, connection = await occupied(single, raw)
     first, second = await in_order(single, "/1", "/2")
     released = single.pool.released
 
@@ -146,9 +148,7 @@ async def test_caller_cancelled_in_the_turn_that_served_it_hands_on_what_it_got(
 async def test_caller_cancelled_in_the_turn_that_would_have_served_it_is_passed_over(
     raw: RawUpstream, single: LiveUpstream
 ) -> None:
-    running = start(single, "/0")
-    connection = await raw.accept()
-    await connection.read_request()
+    running, connection = await occupied(single, raw)
     first, second = await in_order(single, "/1", "/2")
     released = single.pool.released
 
@@ -169,9 +169,7 @@ async def test_caller_cancelled_in_the_turn_that_would_have_served_it_is_passed_
 async def test_caller_that_waited_too_long_is_told_so(
     raw: RawUpstream, single: LiveUpstream
 ) -> None:
-    running = start(single, "/0")
-    connection = await raw.accept()
-    await connection.read_request()
+    running, connection = await occupied(single, raw)
     with pytest.raises(UpstreamError) as caught:
         await start(single, "/1", timeouts=Timeouts(connect_s=0.05))
     error = caught.value
