@@ -202,6 +202,16 @@ async def test_a_client_that_leaves_while_draining_is_not_waited_for(
         assert await sidecar.wait() == 0
 
 
+async def test_it_does_not_start_without_the_c_extensions_of_aiohttp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOHTTP_NO_EXTENSIONS", "1")  # as an installation from source may be
+    ended = await finished("run", "--config", str(write_config(tmp_path)))
+    assert ended.code == 1
+    assert "without its C extensions" in ended.err
+    assert "Traceback" not in ended.err
+
+
 async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     (tmp_path / "slow_start.py").write_text(
