@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from sidecar.addresses import is_forbidden, literal
 from sidecar.config.document import Document, Keys, dotted, follow
 from sidecar.config.explain import Mistake, did_you_mean, explain
 from sidecar.config.load import Loaded
@@ -65,6 +68,8 @@ class Bound:
     files: tuple[Path, ...]
     """Everything that was read, also for the filters' settings. A change of one is a change."""
     warnings: list[str]
+    notes: list[str]
+    """What is right and yet good to know, with its place; for `sidecar check`."""
 
 
 class _Section(NamedTuple):
@@ -98,6 +103,7 @@ class _Binder:
         self.problems: dict[Problem, None] = {}  # teams share most of their mistakes
         self.classes: dict[str, type[Filter]] = {}
         self.missing: set[str] = set()
+        self.notes: list[str] = []
 
     def bind(self) -> Bound:
         self._check_ports()
@@ -120,6 +126,7 @@ class _Binder:
             upstream_sections=sections,
             files=tuple(dict.fromkeys((*self.loaded.files, *sorted(self.references.files)))),
             warnings=list(self.loaded.warnings),
+            notes=self.notes,
         )
 
     def _refuse(
@@ -160,10 +167,41 @@ class _Binder:
                 self._refuse(
                     keys, "the name is taken by the API's own paths: choose another", at_key=True
                 )
+            self._check_base_url(upstream, keys)
             self._check_tls(upstream, keys)
+            if upstream.pass_client_key and any(team.keys for team in self.loaded.teams):
+                place = self.document.problem(
+                    (*keys, "pass_client_key"),
+                    "a client's key that is its team's is never sent on: it needs another header "
+                    "for the provider's",
+                )
+                self.notes.append(str(place))
             for header, value in upstream.headers.items():
                 if message := wrong_header(header, value):
                     self._refuse((*keys, "headers", header), message, at_key=True)
+
+    def _check_base_url(self, upstream: UpstreamSettings, keys: Keys) -> None:
+        """A host that can be one. What a name stands for is judged at each connection."""
+        if not upstream.base_url.startswith(("http:", "https:")):
+            return
+        keys = (*keys, "base_url")
+        try:
+            parts = urlsplit(upstream.base_url)
+            host, _ = parts.hostname or "", parts.port
+        except ValueError:  # brackets around what is no address; a port past 65535
+            self._refuse(keys, "there can be no such host or port: correct it")
+            return
+        if not host.isascii():
+            self._refuse(keys, 'write the host in ASCII, an international name as "xn--…"')
+            return
+        address = literal(host)
+        allowed = [ip_network(each) for each in upstream.allow_addresses]
+        if address is not None and is_forbidden(address, allowed):
+            self._refuse(
+                keys,
+                f"{address} is link-local or a cloud's metadata service, and no call may go "
+                "there: choose another, or list it in `allow_addresses`",
+            )
 
     def _check_tls(self, upstream: UpstreamSettings, keys: Keys) -> None:
         if "tls" not in upstream.model_fields_set:
@@ -349,6 +387,7 @@ class _Binder:
     def _validate(
         self, model: type[FilterConfig], values: Any, place: Callable[[Mistake], None]
     ) -> FilterConfig | None:
+        model = model.variant(values)
         try:
             return model.model_validate(values, context=self.references)
         except ValidationError as error:
@@ -374,8 +413,14 @@ class _Binder:
                     self._refuse((*keys, *mistake.keys), mistake.message, at_key=mistake.at_key)
 
                 config = self._validate(model, values, place)
-                if config is not None:
-                    sections[name][upstream_name] = config
+                if config is None:
+                    continue
+                sections[name][upstream_name] = config
+                for other in sorted(config.excludes):
+                    if getattr(upstream, other):
+                        self._refuse(keys, f"cannot go with `{other}`: remove one", at_key=True)
+                for note in config.notes(upstream.base_url):
+                    self.notes.append(str(self.document.problem(keys, note, at_key=True)))
         return sections
 
     def _section_readers(self) -> dict[str, type[FilterConfig]]:

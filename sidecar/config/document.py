@@ -22,6 +22,9 @@ MAX_DEPTH = 64
 MAX_NODES = 100_000
 """Values of one file, each alias counted with everything it stands for."""
 
+ALIAS_OF_NOTHING = "this alias stands for nothing yet: write text that begins with * in quotes"
+"""Without its name, which may be the beginning of a secret."""
+
 Keys = tuple[str | int, ...]
 """The way to a value: keys of mappings and indexes of lists."""
 
@@ -174,7 +177,7 @@ class _Builder:
     def _alias(self, event: Any, keys: Keys) -> Any:
         # An anchor is known once its value is complete, so that no value can contain itself.
         if event.anchor not in self.anchors:
-            raise self._refused(event, keys, f"the alias *{event.anchor} stands for nothing yet")
+            raise self._refused(event, keys, ALIAS_OF_NOTHING)
         value, nodes = self.anchors[event.anchor]
         self.nodes += nodes
         return value

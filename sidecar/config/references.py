@@ -13,6 +13,7 @@ from pathlib import Path
 MIN_SECRET_CHARACTERS = 8
 MAX_SECRET_BYTES = 64 * 1024
 HOW_TO = "write env:NAME or file:PATH; a secret never stands in the file"
+NO_PROGRAMS = "`exec:` is refused, a configuration never runs programs: write env:NAME or file:PATH"
 
 
 class References:
@@ -47,6 +48,8 @@ class References:
         elif scheme == "file" and name:
             value = self._from_file(name)
             source = f"the file {name}"
+        elif scheme == "exec":
+            raise ValueError(NO_PROGRAMS)
         else:
             raise ValueError(HOW_TO)
         if not value:

@@ -7,6 +7,7 @@ Nothing here does I/O. Files, secrets and positions are `load.py`'s; what the pa
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address, ip_network
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -174,6 +175,18 @@ def _proxy(value: Any, info: ValidationInfo) -> Any:
     return Secret(value, value)
 
 
+def _network(value: str) -> str:
+    try:
+        network = ip_network(value, strict=False)
+    except ValueError:
+        network = None
+    if network is None or "%" in value:
+        raise ValueError('write an address or a network, such as "169.254.1.5" or "fe80::/64"')
+    if "/" in value and ip_address(value.partition("/")[0]) != network.network_address:
+        raise ValueError(f'{value} has bits set after its prefix: write "{network}"')
+    return value
+
+
 class UpstreamSettings(Settings):
     """One provider. Further keys are the sections of attempt filters, such as `sign`."""
 
@@ -190,8 +203,14 @@ class UpstreamSettings(Settings):
     proxy: Annotated[Secret | Literal["env", "none"], PlainValidator(_proxy)] = "env"
     """Proxy for CONNECT: `http://host:port`, or `env:NAME` or `file:PATH` that holds
     `http://[user:password@]host:port`; `env`: from HTTPS_PROXY and NO_PROXY."""
+    allow_addresses: list[Annotated[str, AfterValidator(_network)]] = []
+    """Addresses or networks (CIDR) that may be connected to although they are link-local or a
+    cloud's metadata service, which no upstream or proxy may be otherwise."""
     headers: dict[str, str] = {}
     """Added to every request to this upstream."""
+    pass_client_key: bool = False
+    """Send on the key that the client came with (`Authorization`, `x-api-key`, `api-key`,
+    `x-goog-api-key`), unless it is a team's; excludes `sign`."""
     wait_for: Literal["byte", "event"] = "byte"
     """`event`: a 200 counts as begun only when its first event is no error."""
 

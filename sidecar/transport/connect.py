@@ -1,6 +1,7 @@
 """From an upstream's address to an open connection: DNS, happy eyeballs, proxy, TLS.
 
 Foreign errors end here: whatever sockets, the resolver or TLS raise becomes an `UpstreamError`.
+Which addresses may be connected to is `sidecar.addresses`' business.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import logging
 import socket
 import ssl
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 
+from sidecar.addresses import Network, is_forbidden, literal, permitted
 from sidecar.errors import Phase, Retry, UpstreamError
 from sidecar.transport.connection import Connection, Owner
+
+log = logging.getLogger(__name__)
 
 HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305, section 5
 MAX_TUNNEL_HEAD_BYTES = 16 * 1024
@@ -43,7 +48,7 @@ class Proxy:
     """An HTTP proxy that tunnels with CONNECT."""
 
     origin: Origin
-    authorization: str | None = None
+    authorization: str | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, url: str) -> Proxy:
@@ -109,7 +114,7 @@ class Resolver:
 
 
 class Connector:
-    """Opens connections to one origin."""
+    """Opens connections to one origin, and to no address that is refused and not in `allowed`."""
 
     def __init__(
         self,
@@ -119,12 +124,14 @@ class Connector:
         tls: Callable[[], ssl.SSLContext],
         server_name: str | None = None,
         proxy: Proxy | None = None,
+        allowed: Sequence[Network] = (),
     ) -> None:
         self._origin = origin
         self._resolver = resolver
         self._tls = tls  # made at the first connection: loading a CA bundle takes 20 ms
         self._server_name = server_name or origin.host
         self._proxy = proxy
+        self._allowed = tuple(allowed)
         self._proxy_tls: ssl.SSLContext | None = None  # as late as the other, and for https:// only
 
     async def connect(self, owner: Owner) -> Connection:
@@ -156,8 +163,12 @@ class Connector:
             raise UpstreamError(
                 Phase.RESOLVE, Retry.SAME, "upstream_unresolved", message
             ) from error
+        # Here and not in the resolver, so that nothing comes between the check and the use.
+        good = permitted(infos, self._allowed)
+        if not good:
+            raise _refused(origin.host, [str(info[4][0]) for info in infos])
         return await start_connection(
-            infos,
+            good,
             happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S,
             interleave=1,
             loop=asyncio.get_running_loop(),
@@ -197,6 +208,10 @@ class Connector:
     async def _connect_through(
         self, proxy: Proxy, connection: Connection, context: ssl.SSLContext | None
     ) -> None:
+        # The proxy looks the name up: only an address that stands there itself can be judged.
+        address = literal(self._origin.host)
+        if address is not None and is_forbidden(address, self._allowed):
+            raise _refused(self._origin.host, [address])
         loop = asyncio.get_running_loop()
         tunnel = _Tunnel(loop)
         if proxy.origin.scheme == "https" and self._proxy_tls is None:
@@ -267,6 +282,13 @@ class _Tunnel(asyncio.Protocol):
     def _fail(self, error: Exception) -> None:
         if not self._status.done():
             self._status.set_exception(error)
+
+
+def _refused(host: str, addresses: list[str]) -> UpstreamError:
+    """The client learns that it was refused; our log, what."""
+    log.warning("address_refused", extra={"host": host, "addresses": addresses})
+    message = "the upstream has an address that no call may go to"
+    return UpstreamError(Phase.RESOLVE, Retry.ELSEWHERE, "upstream_address_forbidden", message)
 
 
 def _connect_failed() -> UpstreamError:

@@ -180,7 +180,10 @@ def test_secrets_in_upstreams_sections_are_resolved(place: Place) -> None:
     ("key", "message"),
     [
         (CANARY, "write env:NAME or file:PATH; a secret never stands in the file"),
-        ("exec:x", "write env:NAME or file:PATH; a secret never stands in the file"),
+        (
+            "exec:x",
+            "`exec:` is refused, a configuration never runs programs: write env:NAME or file:PATH",
+        ),
         ("env:NONE", "the environment variable NONE is not set"),
         ("env:EMPTY", "the environment variable EMPTY is empty"),
         ("env:SHORT", "the environment variable SHORT has less than 8 characters"),

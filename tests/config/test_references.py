@@ -48,11 +48,16 @@ def test_a_relative_file_is_looked_for_beside_the_file_that_names_it(tmp_path: P
     assert references.files == {tmp_path / "teams" / "key"}
 
 
-@pytest.mark.parametrize(
-    "reference", [CANARY, "exec:cat key", "exec:" + CANARY, "", "env:", "env:A B", "file:", "ENV:X"]
-)
+@pytest.mark.parametrize("reference", [CANARY, "", "env:", "env:A B", "file:", "ENV:X", "EXEC:x"])
 def test_anything_but_a_reference_is_refused(tmp_path: Path, reference: str) -> None:
     assert refusal(References(tmp_path, {}), reference) == HOW_TO
+
+
+@pytest.mark.parametrize("reference", ["exec:cat key", "exec:" + CANARY, "exec:"])
+def test_a_program_is_refused_and_does_not_run(tmp_path: Path, reference: str) -> None:
+    assert refusal(References(tmp_path, {}), reference) == (
+        "`exec:` is refused, a configuration never runs programs: write env:NAME or file:PATH"
+    )
 
 
 def test_a_variable_that_is_not_set_is_refused(tmp_path: Path) -> None:
