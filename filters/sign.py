@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Literal
-from urllib.parse import quote, unquote_plus
 
-from pydantic import ValidationInfo, field_validator
-
+from filters.signers.settings import SignSettings
+from filters.signers.signer import UpstreamSigner
 from sidecar.api import (
     Attempt,
     AttemptFilter,
     AttemptNext,
     FilterConfig,
     Kit,
+    Phase,
     Reply,
-    Secret,
-    field,
-    sendable_name,
-    sendable_value,
+    Retry,
+    UpstreamError,
 )
-
-
-class SignSettings(FilterConfig):
-    """`upstreams.NAME.sign`."""
-
-    scheme: Literal["bearer", "header", "query"]
-    """`bearer`: `Authorization: Bearer KEY`; `header`: the key in header `name`; `query`: the key
-    in query parameter `name`."""
-    key: Secret
-    """`env:NAME` or `file:PATH`."""
-    name: str = "x-api-key"
-    """Header or query parameter of the schemes `header` and `query`."""
-
-    @field_validator("name")
-    @classmethod
-    def _is_sendable(cls, name: str, info: ValidationInfo) -> str:
-        return sendable_name(name) if info.data.get("scheme") == "header" else name
-
-    @field_validator("key")
-    @classmethod
-    def _can_be_sent(cls, key: Secret) -> Secret:
-        sendable_value(key.reveal())
-        return key
 
 
 class Sign(AttemptFilter):
     """Authenticates us at the upstream with its own key; the client's never gets that far.
 
-    Place it last, so that it signs the request as it goes on the wire. An upstream without a
-    `sign` section gets no credentials.
+    Place it last, so that it signs the request as it goes on the wire, each time anew. An upstream
+    without a `sign` section gets no credentials.
     """
 
     UpstreamConfig = SignSettings
@@ -57,34 +31,21 @@ class Sign(AttemptFilter):
 
     def __init__(self, config: FilterConfig, kit: Kit) -> None:
         super().__init__(config, kit)
-        self._headers: dict[str, dict[bytes, bytes]] = {}
-        self._queries: dict[str, tuple[str, str]] = {}
-        for upstream, settings in kit.upstreams.items():
-            key = settings.key.reveal()
-            if settings.scheme == "bearer":
-                self._headers[upstream] = dict([field("authorization", f"Bearer {key}")])
-            elif settings.scheme == "header":
-                self._headers[upstream] = dict([field(settings.name, key)])
-            else:
-                self._queries[upstream] = (settings.name, quote(key, safe=""))
+        self._signers = {
+            name: UpstreamSigner(name, settings, kit) for name, settings in kit.upstreams.items()
+        }
 
     def handle(self, attempt: Attempt, call_next: AttemptNext) -> Awaitable[Reply]:
-        name = attempt.upstream.name
-        header = self._headers.get(name)
-        if header is not None:
-            attempt.headers.put(header)
-        else:
-            query = self._queries.get(name)
-            if query is not None:
-                attempt.path = with_parameter(attempt.path, *query)
+        upstream = attempt.upstream
+        signer = self._signers.get(upstream.name)
+        if signer is None:
+            return call_next(attempt)
+        if upstream.host != signer.host or upstream.scheme != signer.url_scheme:
+            message = "the credentials belong to another address than this upstream's"
+            raise UpstreamError(Phase.SIGN, Retry.NO, "upstream_origin_mismatch", message)
+        always = signer.always
+        if always is None:
+            return signer.run(attempt, call_next)
+        attempt.headers.put(always)
+        attempt.on_end(signer.ended)
         return call_next(attempt)
-
-
-def with_parameter(path: str, name: str, quoted_value: str) -> str:
-    """`path` with this query parameter in place of any of its name; the others keep their bytes."""
-    path, _, query = path.partition("?")
-    others = [
-        each for each in query.split("&") if each and unquote_plus(each.partition("=")[0]) != name
-    ]
-    ours = f"{quote(name, safe='')}={quoted_value}"
-    return f"{path}?{'&'.join([*others, ours])}"

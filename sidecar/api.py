@@ -15,12 +15,14 @@ from sidecar.call import (
 )
 from sidecar.clock import Clock
 from sidecar.config.secret import Secret
-from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError
+from sidecar.errors import CallError, FetchFailed, Phase, Rejected, Retry, UpstreamError
 from sidecar.filter import (
     AttemptFilter,
     AttemptNext,
     CallFilter,
     CallNext,
+    Fetch,
+    Fetched,
     Filter,
     FilterConfig,
     HeaderName,
@@ -48,6 +50,9 @@ __all__ = [
     "Counter",
     "End",
     "Event",
+    "Fetch",
+    "FetchFailed",
+    "Fetched",
     "Filter",
     "FilterConfig",
     "Gauge",

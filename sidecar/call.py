@@ -34,6 +34,9 @@ D = TypeVar("D")
 
 SETTLE_TIMEOUT_S = 10.0
 
+BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "TRACE"})
+"""A request by these says nothing of its body when it has none."""
+
 
 class Outcome(StrEnum):
     """How a call or an attempt was over."""
@@ -64,7 +67,7 @@ class End:
         its status was 200; a complete answer is one from status 500 up.
         """
         if self.outcome is Outcome.UPSTREAM_FAILED:
-            return True
+            return self.status != 429  # it only asks us to wait
         return self.outcome is Outcome.COMPLETED and self.status >= 500
 
     def __repr__(self) -> str:
@@ -201,6 +204,10 @@ class Upload(Protocol):
 
     async def readany(self) -> bytes:
         """The next bytes; empty at the end of the body."""
+        ...
+
+    async def hold(self) -> bytes:
+        """All of it. Raises `Rejected` (413) when it is more than a body that is held may be."""
         ...
 
 
@@ -368,6 +375,13 @@ class Call(Scope):
         self._json = value
         self.body = orjson.dumps(value)
 
+    async def hold_body(self) -> bytes:
+        """The whole request body, read now if it streams; every later attempt has it, too."""
+        if self.upload is not None:
+            self.body = await self.upload.hold()
+            self.upload = None
+        return self.body or b""
+
     @property
     def is_stream(self) -> bool:
         """Whether the caller asked for a stream of events."""
@@ -523,6 +537,20 @@ class Attempt(Scope):
         self.started_at = started_at
         self.first_byte_at = 0.0
         self.status = 0
+
+    @property
+    def content_length(self) -> int | None:
+        """What is announced of the body; None when it streams, or there is nothing to say."""
+        if self.upload is not None or not (self.body or self.method not in BODILESS_METHODS):
+            return None
+        return len(self.body)
+
+    async def hold_body(self) -> bytes:
+        """The whole body, read now if it streams. Raises `Rejected` (413) when it is too large."""
+        if self.upload is not None:
+            self.body = await self.call.hold_body()
+            self.upload = None
+        return self.body
 
     def body_ended(self, body: Body, outcome: Outcome, error: CallError | None) -> None:
         """The reply's body is over, and so is the attempt. For the core only."""

@@ -1,4 +1,4 @@
-"""The command line: run, check, mock. What each needs is imported when it runs."""
+"""The command line: run, check, sign, mock. What each needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main() -> None:
     """A reverse proxy for LLM APIs, to run beside your application."""
 
 
+EVENT_STREAM_FRAME = "aws-eventstream-frame"
 _CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -101,11 +102,67 @@ def check(path: Path) -> None:
         sys.exit(1)
     for warning in bound.warnings:
         click.echo(f"warning: {warning}", err=True)
+    for note in bound.notes:
+        click.echo(f"note: {note}", err=True)
     config = bound.config
     click.echo(
         f"{path}: ok ({len(config.upstreams)} upstreams, {len(config.models)} models, "
         f"{len(bound.teams)} teams)"
     )
+
+
+@main.command("sign")
+def sign_request() -> None:
+    """Sign one request, given as JSON on standard input; print what that adds to it, and how.
+
+    For the moment when a provider says that a signature does not match: compare `intermediate`
+    with what it says it expected. docs/providers.md has the shape. Credentials may be
+    written as env:NAME or file:PATH. Without `clock` it signs for now. The output holds keys
+    derived from yours: keep it to yourself.
+
+    The scheme `aws-eventstream-frame` decodes `frame_hex`, a frame of Bedrock's event stream.
+
+    \b
+    Exit codes
+      0  signed
+      1  the request lacks what the scheme signs
+      2  the input is not what it should be, or the command was used wrongly
+    """
+    import json
+    import os
+    import time
+    from importlib import import_module
+
+    from sidecar.config.references import References
+
+    if sys.stdin.isatty():
+        click.echo("reading one JSON request from standard input", err=True)
+    try:
+        vector = json.loads(sys.stdin.buffer.read())
+    except ValueError as error:
+        click.echo(f"standard input is not JSON: {error}", err=True)
+        sys.exit(2)
+    if isinstance(vector, dict) and vector.get("scheme") == EVENT_STREAM_FRAME:
+        click.echo(json.dumps(_decode_frame(vector), indent=2, ensure_ascii=False, default=str))
+        return
+    references = References(Path(), os.environ)
+
+    def secret(text: str) -> str:
+        return references.secret(text) if text.startswith(("env:", "file:", "exec:")) else text
+
+    # By name: filters import the sidecar, never the other way round.
+    signers = import_module("filters.signers.vector")
+    try:
+        found = signers.sign_vector(
+            vector, now=time.time(), nonce=os.urandom(16).hex(), secret=secret
+        )
+    except signers.CannotSign as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+    except ValueError as error:  # a BadVector, or a reference that leads nowhere
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @main.command()
@@ -153,6 +210,32 @@ def mock(listen: str, script: Path | None) -> None:
         return 0
 
     sys.exit(_run(serve_mock()))
+
+
+def _decode_frame(vector: dict[str, Any]) -> dict[str, Any]:
+    """What stands in the one frame of `vector["frame_hex"]`; exits with 2 when it is broken."""
+    from sidecar.eventstream import BadMessage, Decoder
+
+    try:
+        decoder = Decoder()
+        messages = decoder.feed(bytes.fromhex(vector["frame_hex"]))
+        decoder.finish()
+        (message,) = messages
+    except BadMessage as error:
+        click.echo(f"frame_hex: {error}", err=True)
+        sys.exit(2)
+    except (KeyError, TypeError, ValueError):
+        click.echo("frame_hex: write the bytes of one whole frame as hex digits", err=True)
+        sys.exit(2)
+    return {
+        "headers": {
+            name: value.hex() if isinstance(value, bytes) else value
+            for name, value in message.headers.items()
+        },
+        "payload_hex": message.payload.hex(),
+        "payload_text": message.payload.decode(errors="replace"),
+        "total_length": message.total_length,
+    }
 
 
 def _load(path: Path, overrides: dict[str, Any]) -> Bound:

@@ -6,7 +6,8 @@ theirs, and ends exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import base64
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import cast
 from urllib.parse import unquote
@@ -28,21 +29,26 @@ NEVER_SENT = HOP_BY_HOP | {
     b"content-length",  # written with the body
     b"expect",  # answered by the edge
     b"accept-encoding",  # depends on whether filters look at the answer
-    # The client's credentials are for us.
-    b"authorization",
-    b"x-api-key",
-    b"api-key",
-    b"x-goog-api-key",
     b"cookie",
 }
+CLIENT_KEYS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
+"""The client's credentials are for us."""
+NEVER_SENT_NOR_KEYS = NEVER_SENT | CLIENT_KEYS
 
 
 class Dispatch:
     """Turns calls into attempts for one chain."""
 
-    def __init__(self, *, models: Models, taps_events: bool) -> None:
+    def __init__(
+        self,
+        *,
+        models: Models,
+        taps_events: bool,
+        is_team_key: Callable[[str], bool] = lambda key: False,
+    ) -> None:
         self._models = models
         self._taps_events = taps_events
+        self._is_team_key = is_team_key
         self.attempt_chain: AttemptNext = send  # replaced once the attempt filters are linked
 
     async def __call__(self, call: Call) -> Reply:
@@ -69,11 +75,14 @@ class Dispatch:
             known = ", ".join(each.path for each in upstream.dialect.endpoints)
             message = f'"{call.model}" speaks the {upstream.dialect.name} dialect: call {known}'
             raise Rejected(400, "wrong_dialect", message)
+        never_sent = NEVER_SENT if upstream.passes_client_key else NEVER_SENT_NOR_KEYS
         fields = [
             (key, value)
             for name, value in call.raw_headers
-            if (key := name.lower()) not in NEVER_SENT
+            if (key := name.lower()) not in never_sent
         ]
+        if never_sent is NEVER_SENT:
+            fields = [each for each in fields if not self._is_ours(*each)]
         if "connection" in call.headers:
             named = ",".join(call.headers.getall("connection")).lower().encode("latin-1", "replace")
             dropped = {name.strip() for name in named.split(b",")}
@@ -99,13 +108,25 @@ class Dispatch:
             call,
             target,
             number=call.attempts,
-            path=f"{path}?{call.query}" if call.query else path or "/",
+            path=f"{path or '/'}?{call.query}" if call.query else path or "/",
             headers=headers,
             body=body or b"",
             upload=call.upload,
             timeouts=call.timeouts or upstream.timeouts,
             started_at=monotonic(),
         )
+
+    def _is_ours(self, name: bytes, value: bytes) -> bool:
+        """Whether this is a team's key, which is no provider's business."""
+        if name not in CLIENT_KEYS:
+            return False
+        text = value.decode("utf-8", "surrogateescape").strip()
+        words = [text, *text.split()]  # whatever scheme stands before it
+        try:
+            words += base64.b64decode(words[-1], validate=True).decode().split(":")
+        except ValueError:
+            pass  # no Basic
+        return any(self._is_team_key(word) for word in words)
 
     def _answer_here(self, call: Call) -> Reply:
         """What the sidecar answers itself: the models the team may use."""

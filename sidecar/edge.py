@@ -479,16 +479,13 @@ class Edge:
                 return
             if protocol.transport is not None:
                 protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        upload = BoundedUpload(payload, call, limit, serving.http.body_silence_s)
+        upload = BoundedUpload(payload, call, limit, serving.http)
         if not _is_held(call):
             call.body = None
             call.upload = upload
             return
         try:
-            pieces = []
-            while data := await upload.readany():
-                pieces.append(data)
-            body = call.body = b"".join(pieces)
+            body = call.body = await upload.hold()
             if call.endpoint.has_model:
                 if may_name_two_models(body):  # a large one takes long: not on the loop
                     await asyncio.to_thread(refuse_second_model, body)
@@ -804,18 +801,18 @@ class ClientWriter:
 class BoundedUpload:
     """A request body as it comes in: bounded in size, and in time between two pieces."""
 
-    __slots__ = ("_call", "_limit", "_payload", "_silence_s")
+    __slots__ = ("_call", "_http", "_limit", "_payload")
 
-    def __init__(self, payload: Any, call: Call, limit: int, silence_s: float) -> None:
+    def __init__(self, payload: Any, call: Call, limit: int, http: HttpSettings) -> None:
         self._payload = payload
         self._call = call
         self._limit = limit
-        self._silence_s = silence_s
+        self._http = http
 
     async def readany(self) -> bytes:
         """The next bytes, empty at the end. Raises `Rejected`: 408 after silence, 413, 400."""
         try:
-            async with asyncio.timeout(self._silence_s):
+            async with asyncio.timeout(self._http.body_silence_s):
                 data: bytes = await self._payload.readany()
         except TimeoutError:
             text = "the request body did not come in time"
@@ -826,6 +823,16 @@ class BoundedUpload:
         if self._call.bytes_in > self._limit:
             raise _too_large(self._limit)
         return data
+
+    async def hold(self) -> bytes:
+        self._limit = limit = min(self._limit, self._http.max_body_bytes)
+        announced = self._call.headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            raise _too_large(limit)
+        pieces = []
+        while data := await self.readany():
+            pieces.append(data)
+        return b"".join(pieces)
 
 
 def head_bytes(headers: MultiMapping[str]) -> int:

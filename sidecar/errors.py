@@ -2,6 +2,7 @@
 
     SidecarError
     ├── ConfigError              a configuration that does not load; carries every problem found
+    ├── FetchFailed              a fetch of our own, such as a token's, that brought nothing
     └── CallError                a call that gets no (whole) answer; knows its HTTP status and code
         ├── Rejected             refused by us: bad key, unknown model, a limit, a full queue
         └── UpstreamError        refused or lost by the far side; says where, and whether to retry
@@ -50,6 +51,7 @@ class ConfigError(SidecarError):
 class Phase(Enum):
     """How far an attempt had come when it failed."""
 
+    SIGN = "sign"  # no credentials to send; nothing was sent
     RESOLVE = "resolve"  # looking up the upstream's name
     POOL = "pool"  # waiting for a free connection
     CONNECT = "connect"  # TCP or unix connect, and the proxy's CONNECT
@@ -66,6 +68,10 @@ class Retry(Enum):
     NO = "no"
     SAME = "same"  # the same upstream may answer
     ELSEWHERE = "elsewhere"  # only another upstream may answer
+
+
+class FetchFailed(SidecarError):
+    """Something outside of a call could not be fetched, such as a token; says why, never where."""
 
 
 class CallError(SidecarError):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -36,6 +36,42 @@ class FilterConfig(BaseModel):
         allow_inf_nan=False,
         hide_input_in_errors=True,
     )
+
+    excludes: ClassVar[frozenset[str]] = frozenset()
+    """For an upstream's section: settings of the upstream that must not be on beside it."""
+
+    @classmethod
+    def variant(cls, values: Any) -> type[Self]:
+        """The class that `values`, as they stand in the file, are settings of: a subclass, when
+        one of them decides which others there are."""
+        return cls
+
+    def notes(self, base_url: str) -> Sequence[str]:
+        """For an upstream's section: what `sidecar check` should tell of it; no mistakes."""
+        return ()
+
+
+class Fetched(NamedTuple):
+    """What `Kit.fetch` brought."""
+
+    status: int
+    body: bytes
+    date: str = ""
+    """The answer's `Date` header."""
+
+    def __repr__(self) -> str:
+        return f"<Fetched {self.status}>"  # the body may be a secret
+
+
+class Fetch(Protocol):
+    """Fetches a small answer from a configured address, off the path of calls."""
+
+    async def __call__(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes
+    ) -> Fetched:
+        """The answer, whatever its status; redirects are not followed. Raises `FetchFailed` after
+        10 s, when nobody answers, or for more than 64 KiB; its message holds no URL."""
+        ...
 
 
 class KitResources:
@@ -68,6 +104,9 @@ class Kit:
     team: str
     upstreams: Mapping[str, Any]
     """This filter's own section of each upstream (`UpstreamConfig` instances), by upstream name."""
+    origins: Mapping[str, tuple[str, str]]
+    """`Upstream.scheme` and `.host` of each upstream, by name."""
+    fetch: Fetch
     resources: KitResources
 
 

@@ -17,12 +17,12 @@ from sidecar.clock import Clock
 from sidecar.config import Bound, BoundPolicy, FilterSpec
 from sidecar.dispatch import Dispatch, send
 from sidecar.errors import CallError, Rejected
-from sidecar.filter import AttemptFilter, CallFilter, Filter, Kit, KitResources
+from sidecar.filter import AttemptFilter, CallFilter, Fetch, Filter, Kit, KitResources
 from sidecar.metrics import Counter, Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
 from sidecar.tasks import Tasks
-from sidecar.team import Callers, Models, Patterns, Policy, Team
+from sidecar.team import Callers, Models, Patterns, Policy, Team, digest
 from sidecar.transport.connect import Origin
 from sidecar.transport.upstream import LiveUpstream, open_pool, parse_base_url, pool_key
 
@@ -40,6 +40,7 @@ class Shared:
     metrics: Metrics
     tasks: Tasks
     clock: Clock
+    fetch: Fetch
     access_log: Callable[[Mapping[str, Any]], None]
 
 
@@ -165,7 +166,9 @@ class Snapshot:
         taps_events = any(spec.filter_class.taps_events for spec in specs)
         call_filters: list[CallFilter] = self._make(bound.call, team.name)
         attempt_filters: list[AttemptFilter] = self._make(bound.attempt, team.name)
-        dispatch = Dispatch(models=self.models, taps_events=taps_events)
+        dispatch = Dispatch(
+            models=self.models, taps_events=taps_events, is_team_key=self._is_team_key
+        )
         dispatch.attempt_chain = link_attempt(attempt_filters, send)
         observers = [each for each in call_filters if each.sees_refused]
         return Policy(
@@ -173,6 +176,10 @@ class Snapshot:
             run=link_call(call_filters, dispatch),
             refuse=link_call(observers, _refuse),
         )
+
+    def _is_team_key(self, key: str) -> bool:
+        wanted = digest(key)
+        return any(each.sha256() == wanted for team in self.bound.teams for each in team.keys)
 
     def _nobody(self) -> Policy:
         """Refuses callers with an unknown key, and lets observers see it."""
@@ -196,6 +203,8 @@ class Snapshot:
                 access_log=self._shared.access_log,
                 team=team,
                 upstreams=self.bound.upstream_sections.get(spec.name, {}),
+                origins={name: (each.scheme, each.host) for name, each in self.upstreams.items()},
+                fetch=self._shared.fetch,
                 resources=KitResources(self._shared.resources, self._generation),
             )
             made.append(spec.filter_class(spec.config, kit))

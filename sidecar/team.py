@@ -122,4 +122,9 @@ class Callers:
             key = key[7:].strip()
         else:
             key = headers.get("x-api-key") or headers.get("api-key") or ""
-        return self._by_key.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest())
+        return self._by_key.get(digest(key))
+
+
+def digest(key: str) -> str:
+    """Hex SHA-256, under which a team's key is known."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()

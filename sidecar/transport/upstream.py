@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import ssl
 from collections.abc import Callable
+from ipaddress import ip_network
 from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
@@ -30,10 +31,6 @@ REPLAYABLE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 """Idempotent methods (RFC 9110, 9.2.2): sent again when a kept connection closed without answer."""
 
 
-BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "TRACE"})
-"""A request by these says nothing of its body when it has none."""
-
-
 class LiveUpstream:
     """An upstream with its connections. Immutable but for the pool."""
 
@@ -54,10 +51,12 @@ class LiveUpstream:
         self.base_path = base_path
         self.pool = pool
         self.extra_headers = dict(settings.headers)
+        self.passes_client_key = settings.pass_client_key
         self._waits_for_event = settings.wait_for == "event"
         self.timeouts = Timeouts(**settings.timeouts.model_dump())
         default = 443 if origin.scheme == "https" else 80
-        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        host = origin.host.partition("%")[0]  # a zone is this machine's business: RFC 6874, 1
+        host = f"[{host}]" if ":" in host else host
         self.host = host if origin.port == default else f"{host}:{origin.port}"
         self._host_line = f"host: {self.host}\r\n".encode("latin-1")
 
@@ -74,7 +73,12 @@ class LiveUpstream:
         method, upload, timeouts = attempt.method, attempt.upload, attempt.timeouts
         body = attempt.body
         head = request_head(
-            method, attempt.path, self._host_line, attempt.headers, None if upload else len(body)
+            method,
+            attempt.path,
+            self._host_line,
+            attempt.headers,
+            attempt.content_length,
+            is_chunked=upload is not None,
         )
         total_at = attempt.started_at + timeouts.total_s
         may_keep = True
@@ -136,18 +140,24 @@ class LiveUpstream:
 
 
 def request_head(
-    method: str, path: str, host_line: bytes, headers: Headers, body_bytes: int | None
+    method: str,
+    path: str,
+    host_line: bytes,
+    headers: Headers,
+    content_length: int | None,
+    *,
+    is_chunked: bool = False,
 ) -> bytes:
-    """A request's head as bytes; `body_bytes` None: the body is chunked.
+    """A request's head as bytes.
 
     Raises `Rejected` (400) when the path could end the line; `Headers` sees to the fields.
     """
     if not (path.isascii() and path.isprintable()) or " " in path:
         raise Rejected(400, "invalid_path", "the path must be percent-encoded ASCII")
-    if body_bytes is None:
+    if is_chunked:
         framing = b"transfer-encoding: chunked\r\n"
-    elif body_bytes or method not in BODILESS_METHODS:
-        framing = b"content-length: %d\r\n" % body_bytes
+    elif content_length is not None:
+        framing = b"content-length: %d\r\n" % content_length
     else:
         framing = b""
     return b"%b %b HTTP/1.1\r\n%b%b%b\r\n" % (
@@ -173,13 +183,19 @@ def proxy_for(settings: UpstreamSettings, origin: Origin) -> Proxy | None:
     """The proxy to go through. Environment: HTTPS_PROXY and NO_PROXY, as curl reads them."""
     if isinstance(settings.proxy, Secret):
         return Proxy.parse(settings.proxy.reveal())
-    if settings.proxy == "none" or origin.unix_path is not None or origin.scheme != "https":
+    if settings.proxy == "none" or origin.unix_path is not None:
         return None
+    url = environment_proxy(origin.scheme, origin.host, origin.port)
+    return None if url is None else Proxy.parse(url)
+
+
+def environment_proxy(scheme: str, host: str, port: int) -> str | None:
+    """The URL of the proxy that the environment names for this origin; none for plain HTTP."""
     proxies = getproxies_environment()
-    url = proxies.get("https")
-    if not url or proxy_bypass_environment(f"{origin.host}:{origin.port}", proxies):
+    url = proxies.get("https") if scheme == "https" else None
+    if not url or proxy_bypass_environment(f"{host}:{port}", proxies):
         return None
-    return Proxy.parse(url if "://" in url else f"http://{url}")
+    return url if "://" in url else f"http://{url}"
 
 
 def tls_context(settings: TlsSettings) -> Callable[[], ssl.SSLContext]:
@@ -210,6 +226,7 @@ def open_pool(settings: UpstreamSettings, origin: Origin) -> Pool:
         tls=tls_context(settings.tls),
         server_name=settings.tls.server_name,
         proxy=proxy_for(settings, origin),
+        allowed=[ip_network(each) for each in settings.allow_addresses],
     )
     return Pool(
         connector.connect,
@@ -229,4 +246,5 @@ def pool_key(name: str, settings: UpstreamSettings) -> tuple[object, ...]:
         for file in (tls.ca_file, tls.cert_file, tls.key_file)
         if file is not None
     ]
-    return ("pool", name, settings.base_url, settings.pool, tls, tuple(files), shown)
+    allowed = tuple(settings.allow_addresses)
+    return ("pool", name, settings.base_url, settings.pool, tls, tuple(files), shown, allowed)

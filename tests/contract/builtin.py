@@ -7,16 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from filters import BUILTIN
-from sidecar.api import Filter, FilterConfig, Secret
+from sidecar.api import Filter, Secret
 from tests.support.harness import Use
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {}
 """Of filters that do not work with their defaults."""
 
-UPSTREAM_SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "sign": {"scheme": "bearer", "key": Secret("sk-upstream")},
+UPSTREAM_SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "sign": {
+        "fixed": {"scheme": "bearer", "key": Secret("sk-upstream")},
+        "pool": {"scheme": "bearer", "pool": [{"key": Secret("sk-1")}, {"key": Secret("sk-2")}]},
+        "signature": {
+            "scheme": "AWS4-HMAC-SHA256",
+            "access_key_id": Secret("AKIDEXAMPLE"),
+            "secret_access_key": Secret("secret-access-key"),
+            "region": "us-east-1",
+        },
+    },
 }
-"""Sections of the upstream `fake`."""
+"""Sections of the upstream `fake`: for a filter that reads one, those that make it work
+differently."""
 
 
 def filter_class(name: str) -> type[Filter]:
@@ -25,9 +35,15 @@ def filter_class(name: str) -> type[Filter]:
     return found
 
 
-def use_of(name: str) -> Use:
-    found = filter_class(name)
-    sections: dict[str, FilterConfig] = {}
-    if found.UpstreamConfig is not None and name in UPSTREAM_SETTINGS:
-        sections["fake"] = found.UpstreamConfig.model_validate(dict(UPSTREAM_SETTINGS[name]))
-    return Use(found, SETTINGS.get(name, {}), sections)
+def uses() -> dict[str, Use]:
+    """Every built-in filter, in each way that it works, by a name for tests."""
+    found = {}
+    for name in sorted(BUILTIN):
+        each, settings = filter_class(name), SETTINGS.get(name, {})
+        if each.UpstreamConfig is None:
+            found[name] = Use(each, settings)
+            continue
+        for way, values in UPSTREAM_SETTINGS[name].items():
+            section = each.UpstreamConfig.variant(values).model_validate(dict(values))
+            found[f"{name}-{way}"] = Use(each, settings, {"fake": section})
+    return found

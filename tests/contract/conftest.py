@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from filters import BUILTIN
-from tests.contract.builtin import use_of
+from tests.contract.builtin import uses
 from tests.support.harness import Use
 
+USES = uses()
 
-@pytest.fixture(params=sorted(BUILTIN))
+
+@pytest.fixture(params=USES)
 def use(request: pytest.FixtureRequest) -> Use:
-    return use_of(request.param)
+    return USES[request.param]

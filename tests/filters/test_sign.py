@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from filters.sign import Sign, SignSettings
+from filters.sign import Sign
+from filters.signers.settings import SignSettings
 from sidecar.api import (
     Attempt,
     AttemptFilter,
@@ -31,7 +32,7 @@ def signing(scheme: str, name: str | None = None, key: str = KEY) -> Use:
     settings: dict[str, Any] = {"scheme": scheme, "key": Secret(key)}
     if name is not None:
         settings["name"] = name
-    return Use(Sign, {}, {"fake": SignSettings.model_validate(settings)})
+    return Use(Sign, {}, {"fake": SignSettings.variant(settings).model_validate(settings)})
 
 
 async def signed(
@@ -145,7 +146,8 @@ def test_nothing_may_stand_behind_it() -> None:
 
 
 def test_settings_do_not_show_the_key() -> None:
-    settings = SignSettings(scheme="bearer", key=Secret(KEY, "env:KEY"))
+    values = {"scheme": "bearer", "key": Secret(KEY, "env:KEY")}
+    settings = SignSettings.variant(values).model_validate(values)
     assert KEY not in f"{settings!r}{settings.model_dump_json()}"
 
 

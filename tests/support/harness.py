@@ -24,8 +24,16 @@ from sidecar.chain import link_attempt, link_call
 from sidecar.dialects import ENDPOINTS, OPENAI, Dialect
 from sidecar.dialects.endpoint import MODELS, PASS_THROUGH
 from sidecar.dispatch import Dispatch, send
-from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError
-from sidecar.filter import AttemptFilter, CallFilter, Filter, FilterConfig, Kit, KitResources
+from sidecar.errors import CallError, FetchFailed, Phase, Rejected, Retry, UpstreamError
+from sidecar.filter import (
+    AttemptFilter,
+    CallFilter,
+    Fetched,
+    Filter,
+    FilterConfig,
+    Kit,
+    KitResources,
+)
 from sidecar.headers import Headers
 from sidecar.metrics import Metrics
 from sidecar.reply import Body, Reply
@@ -138,6 +146,7 @@ class FakeUpstream:
         self.scheme = "https"
         self.base_path = "/v1" if dialect is OPENAI else ""
         self.extra_headers: dict[str, str] = {}
+        self.passes_client_key = False
         self.timeouts = Timeouts()
         self.sent: list[Sent] = []
         self.asked = asyncio.Event()
@@ -202,6 +211,29 @@ class FakeUpstream:
             raise AssertionError("nobody ends this wait but a cancellation")
 
         return answer
+
+
+class FakeFetcher:
+    """A `sidecar.filter.Fetch` that answers by a script; `asked` holds what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.answer: Callable[[], Awaitable[Fetched]] = self.failing
+
+    async def __call__(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes
+    ) -> Fetched:
+        self.asked.append((method, url, dict(headers), body))
+        return await self.answer()
+
+    def answering(self, status: int, body: bytes, date: str = "") -> None:
+        async def answer() -> Fetched:
+            return Fetched(status, body, date)
+
+        self.answer = answer
+
+    async def failing(self) -> Fetched:
+        raise FetchFailed("no answer in time")
 
 
 class Client:
@@ -373,6 +405,7 @@ class Harness:
         self.resources = Resources()
         self.lines: list[dict[str, Any]] = []
         """Lines of the access log."""
+        self.fetcher = FakeFetcher()
         self.upstream = upstream or FakeUpstream()
         self.team = team
         self.filters = [self._make(each) for each in filters]
@@ -400,6 +433,8 @@ class Harness:
             access_log=lambda line: self.lines.append(dict(line)),
             team=self.team.name,
             upstreams=use.upstreams,
+            origins={name: ("https", f"{name}.test") for name in use.upstreams},
+            fetch=self.fetcher,
             resources=KitResources(self.resources, 1),
         )
         return use.filter_class(use.filter_class.Config.model_validate(dict(use.settings)), kit)

@@ -1,0 +1,1 @@
+"""Algorithms: pure and sync, with the time passed in."""

@@ -1,0 +1,169 @@
+"""What a signing scheme is: its settings, and pure functions from a request to what signs it.
+
+A scheme's module knows nothing of calls, pools of keys or sockets; the filter `sign` and the
+command `sidecar sign` bring the request, the credentials and the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote_plus, unquote_to_bytes
+
+from sidecar.api import FilterConfig
+
+NO_STEPS: Mapping[str, str] = MappingProxyType({})
+
+
+class CannotSign(Exception):
+    """The request lacks what the scheme signs, or a token is not to be had; the message says what.
+
+    It is shown to the caller, so it never holds a credential.
+    """
+
+
+class Request(NamedTuple):
+    """A request exactly as it goes on the wire, but for what signing adds."""
+
+    method: str
+    host: str
+    """The `Host` header: name, and port unless it is the default."""
+    path: str
+    """Percent-encoded, at least `/`."""
+    query: str
+    """Percent-encoded, in the order of the wire, without `?`; empty when there is none."""
+    headers: tuple[tuple[str, str], ...]
+    """Names in lower case, in order, repeats kept; without `host` and the scheme's own headers."""
+    body: bytes | None
+    """None: it streams through unread, which only a scheme that needs no body ever sees."""
+
+    def header(self, name: str) -> str | None:
+        """The values of `name` (lower case), trimmed and joined by `,`; None when there is none."""
+        values = [value.strip(" \t") for each, value in self.headers if each == name]
+        return ",".join(values) if values else None
+
+
+class Signed(NamedTuple):
+    """What signing adds to a request."""
+
+    headers: dict[str, str]
+    """To set, replacing what the request has of the same name; named as the provider writes it."""
+    query: str | None = None
+    """The whole new query; None: as it was."""
+    steps: Mapping[str, str] = NO_STEPS
+    """What was computed on the way (`canonical_request`, `string_to_sign` …), to compare with what
+    the provider says it expected. Holds derived keys: for the command line alone."""
+    good_until: float = 0.0
+    """Until then (Unix seconds) the same headers sign any request; 0: this one alone. Of no meaning
+    for a scheme that `is_fixed`."""
+
+    def __repr__(self) -> str:
+        return f"<Signed {', '.join(self.headers)}>"  # names only: values are secret
+
+
+class Credentials(FilterConfig):
+    """Base of a scheme's secrets: fields of type `Secret`, named as the provider names them."""
+
+
+class Options(FilterConfig):
+    """Base of what a scheme wants to know beside the secrets."""
+
+
+class Token(NamedTuple):
+    """What credentials were exchanged for. Times are Unix seconds."""
+
+    value: str
+    refresh_at: float
+    """From then on a new one should be fetched; this one is still good."""
+    expires_at: float
+
+    def __repr__(self) -> str:
+        return f"<Token refresh_at={self.refresh_at:.0f} expires_at={self.expires_at:.0f}>"
+
+
+class TokenRequest(NamedTuple):
+    """The request that fetches a token. URL, headers and body may hold secrets."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"<TokenRequest {self.method}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How a scheme turns its credentials into a token."""
+
+    request: Callable[[Any, Any, float], TokenRequest]
+    """From credentials, options and the time (Unix seconds)."""
+    read: Callable[[int, bytes, float], Token]
+    """From the answer's status and body and the time it came; raises `CannotSign`."""
+    refused: tuple[bytes, ...] = ()
+    """Any of these in an answer, whatever its status, says that the token is not good any more."""
+    expired: tuple[bytes, ...] = ()
+    """Any of these in the answer to the token request says that the time signed with is off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One way to authenticate a request."""
+
+    sign: Callable[[Request, Any, Any, float, str], Signed]
+    """Pure: from the request, the credentials (with an `exchange`: the `Token`), the options, the
+    time (Unix seconds) and a nonce. Raises `CannotSign`."""
+    Credentials: type[Credentials]
+    Options: type[Options] = Options
+    own_headers: frozenset[str] = frozenset({"authorization"})
+    """Lower case; what a caller sends of them is taken off before signing."""
+    needs_body: Callable[[Any], bool] = lambda options: False
+    """Whether the body is part of what is signed, by the options: then it must be held."""
+    expired: tuple[bytes, ...] = ()
+    """Any of these in an answer from status 400 up says that the time signed with is off."""
+    expired_within_200: tuple[bytes, ...] = ()
+    """The same of an answer below 400. With the JSON around it: a model may say the bare word."""
+    exchange: Exchange | None = None
+    is_fixed: bool = False
+    """The same headers sign every request at any time, and nothing of it is looked at."""
+
+
+def encode(text: str) -> str:
+    """Percent-encode all but RFC 3986's unreserved characters, upper-case hex."""
+    return quote(text, safe="", errors="surrogateescape")
+
+
+def encode_path(path: str) -> str:
+    """The same for each segment of a path that is encoded already: one spelling for each path."""
+    return "/".join([quote(unquote_to_bytes(segment), safe="") for segment in path.split("/")])
+
+
+def parameters(query: str) -> list[tuple[str, str]]:
+    """Names and values of a query, decoded, in order; a name without `=` has an empty value.
+
+    `+` is a space, as the forms that such queries come from write it.
+    """
+    if not query:
+        return []
+    pairs = [each.partition("=") for each in query.split("&") if each]
+    return [(_decoded(name), _decoded(value)) for name, _, value in pairs]
+
+
+def _decoded(text: str) -> str:
+    return unquote_plus(text, errors="surrogateescape")
+
+
+def encoded_parameters(query: str) -> list[tuple[str, str]]:
+    """The same, each encoded by `encode`."""
+    return [(encode(name), encode(value)) for name, value in parameters(query)]
+
+
+def with_parameters(query: str, mine: Mapping[str, str]) -> str:
+    """`query` with these parameters in place of any of their names; the others keep their bytes."""
+    others = [
+        each for each in query.split("&") if each and _decoded(each.partition("=")[0]) not in mine
+    ]
+    return "&".join([*others, *[f"{encode(name)}={encode(value)}" for name, value in mine.items()]])

@@ -1,0 +1,1 @@
+"""What filters keep between calls."""

@@ -1,0 +1,165 @@
+"""Answers of configured addresses: small, without redirects, and silent about what failed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from unittest import mock
+
+import pytest
+import trustme
+
+from sidecar.errors import FetchFailed
+from sidecar.transport import fetch
+from sidecar.transport.fetch import MAX_ANSWER_BYTES, Fetcher
+from tests.support.upstream import RawUpstream
+
+SECRET = "sk-canary-of-a-url"
+
+
+@pytest.fixture
+async def fetcher() -> AsyncIterator[Fetcher]:
+    fetcher = Fetcher()
+    yield fetcher
+    await fetcher.close()
+
+
+def answer(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
+    head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
+    return head.encode() + body
+
+
+async def test_request_goes_out_as_told_and_the_answer_comes_back(fetcher: Fetcher) -> None:
+    async with RawUpstream() as upstream:
+        asked = asyncio.ensure_future(
+            fetcher("POST", f"{upstream.base_url}/t?a=%2F&a=", {"x-a": "1"}, b"{}")
+        )
+        connection = await upstream.accept()
+        request = await connection.read_request()
+        connection.write(answer(b'{"error": 1}', "400 Bad Request", "date: today\r\n"))
+        assert await asked == (400, b'{"error": 1}', "today")
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /t?a=%2F&a= HTTP/1.1\r\n")
+    assert b"x-a: 1" in head
+    assert b"authorization" not in head.lower()
+    assert b"cookie" not in head.lower()
+    assert body == b"{}"
+
+
+async def test_path_and_query_go_out_as_they_are_written(fetcher: Fetcher) -> None:
+    async with RawUpstream() as upstream:
+        target = "/%E6%B5%8B~/%7e?Version=1&Action=%41&x=a%20b&y=c+d&z="
+        asked = asyncio.ensure_future(fetcher("GET", upstream.base_url + target, {}, b""))
+        connection = await upstream.accept()
+        request = await connection.read_request()
+        connection.write(answer(b""))
+        await asked
+    assert request.split(b" ")[1].decode() == target
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirect_is_an_answer_and_is_not_followed(fetcher: Fetcher, status: int) -> None:
+    async with RawUpstream() as upstream, RawUpstream() as other:
+        asked = asyncio.ensure_future(fetcher("GET", upstream.base_url, {"a": SECRET}, b""))
+        connection = await upstream.accept()
+        await connection.read_request()
+        connection.write(answer(b"", f"{status} Elsewhere", f"location: {other.base_url}/\r\n"))
+        assert (await asked).status == status
+        assert not other.has_waiting()
+
+
+async def test_cookie_of_an_answer_is_not_kept(fetcher: Fetcher) -> None:
+    async with RawUpstream() as upstream:
+        for _ in range(2):
+            asked = asyncio.ensure_future(fetcher("GET", upstream.base_url, {}, b""))
+            connection = await upstream.accept()
+            assert b"cookie" not in (await connection.read_request()).lower()
+            connection.write(answer(b"", headers="set-cookie: a=b\r\n"))
+            await asked
+
+
+async def test_answer_that_is_too_large_fails(fetcher: Fetcher) -> None:
+    async with RawUpstream() as upstream:
+        asked = asyncio.ensure_future(fetcher("GET", upstream.base_url, {}, b""))
+        connection = await upstream.accept()
+        await connection.read_request()
+        connection.write(answer(b"x" * (MAX_ANSWER_BYTES + 1)))
+        with pytest.raises(FetchFailed):
+            await asked
+
+
+async def test_silent_server_fails_within_the_time_limit(fetcher: Fetcher) -> None:
+    async with RawUpstream() as upstream:
+        with mock.patch.object(fetch, "TIMEOUT_S", 0.05), pytest.raises(FetchFailed, match="time"):
+            await fetcher("GET", upstream.base_url, {}, b"")
+
+
+async def test_failures_tell_neither_address_nor_secret(fetcher: Fetcher) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for url in (
+        f"http://127.0.0.1:{port}/?client_secret={SECRET}",
+        f"http://name.invalid/?client_secret={SECRET}",
+        f"nonsense://{SECRET}",
+    ):
+        with pytest.raises(FetchFailed) as raised:
+            await fetcher("GET", url, {}, b"")
+        assert SECRET not in f"{raised.value!r} {raised.value.__cause__!r}"
+        assert raised.value.__cause__ is None
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "[fe80::1]", "100.100.100.200"])
+async def test_metadata_addresses_are_never_asked(fetcher: Fetcher, host: str) -> None:
+    with pytest.raises(FetchFailed, match="may not"):
+        await fetcher("GET", f"http://{host}/", {}, b"")
+
+
+async def test_name_that_resolves_to_a_metadata_address_is_refused(fetcher: Fetcher) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def resolve(host: str, port: int, **more: object) -> list[object]:
+        assert host == "token.test"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("169.254.169.254", port))]
+
+    with mock.patch.object(loop, "getaddrinfo", resolve), pytest.raises(FetchFailed):
+        await fetcher("GET", "http://token.test/", {}, b"")
+
+
+async def test_certificate_that_nobody_vouches_for_is_refused(fetcher: Fetcher) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    async with RawUpstream(tls=context) as upstream:
+        asked = asyncio.ensure_future(fetcher("GET", upstream.base_url, {}, b""))
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
+            await upstream.accept()
+        with pytest.raises(FetchFailed, match="Certificate"):
+            await asked
+
+
+async def test_environment_proxy_carries_what_goes_out_by_https(
+    fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with RawUpstream() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.base_url)
+        asked = asyncio.ensure_future(fetcher("GET", "https://token.test/", {}, b""))
+        connection = await proxy.accept()
+        assert (await connection.read_head()).startswith(b"CONNECT token.test:443 HTTP/1.1\r\n")
+        connection.write(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n")
+        with pytest.raises(FetchFailed):
+            await asked
+
+
+async def test_closing_twice_is_fine_and_it_opens_again() -> None:
+    fetcher = Fetcher()
+    await fetcher.close()
+    async with RawUpstream() as upstream:
+        asked = asyncio.ensure_future(fetcher("GET", upstream.base_url, {}, b""))
+        connection = await upstream.accept()
+        await connection.read_request()
+        connection.write(answer(b"ok"))
+        assert (await asked).body == b"ok"
+    await fetcher.close()
+    await fetcher.close()
