@@ -20,7 +20,7 @@ from time import perf_counter
 
 import uvloop
 
-from bench import figures, measure, report
+from bench import figures, measure, report, signing
 from bench.figures import QUICK, Plan, Results, tell
 from bench.load import RunFailed
 from bench.proxies import BENCH_CORE, PROXIES, Lane, Missing, pin_to_core
@@ -38,6 +38,7 @@ FIGURES = {
     "start": figures.start,
     "scale": figures.scale,
     "streams": figures.streams,
+    "signing": signing.signing,
 }
 
 

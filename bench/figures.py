@@ -62,6 +62,8 @@ class Plan:
     scale_calls: int = 3000
     scale_rounds: int = 3
     scale_count: int = 1000
+    sign_rounds: int = 5
+    sign_attempts: int = 2000
     repeat_s: float = 60.0  # for rounds that other work of the machine disturbed
 
 
@@ -84,6 +86,7 @@ QUICK = Plan(
     body_rounds=1,
     scale_calls=1000,
     scale_rounds=1,
+    sign_rounds=2,
     repeat_s=10.0,
 )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bench.figures import BODY_SIZES, DISTURBED_SHARE, Plan, Results
 from bench.proxies import Proxy
+from bench.signing import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ TARGETS = (
     Target("start to ready", "sidecar-default", "ready_ms", 0.5, "s", factor=1e-3),
     Target("idle RSS", "sidecar-default", "idle_rss_bytes", 60.0, "MB", factor=1e-6),
     Target("client leaves → upstream closed, max", "sidecar-default", "leave_max_ms", 5.0, "ms"),
+    Target("signing an attempt, dearest HMAC scheme", "signing", "sign_us", 60.0, "µs"),
     Target("bytes lost on many open streams", "sidecar-default", "streams_lost_bytes", 0.0, "B"),
 )
 
@@ -107,6 +109,7 @@ def page(
     for title, table in (
         ("## Body size: CPU µs a KB", _body_table(results, rows)),
         ("## Many models, many teams: CPU µs a call", _scale_table(results, plan)),
+        ("## Signing an attempt with a body of 1 KB", _signing_table(results)),
     ):
         if table:
             parts.append(f"{title}\n\n{table}")
@@ -210,3 +213,12 @@ def _scale_table(results: Results, plan: Plan) -> str:
         if value is not None:
             lines.append([f"{models:,}", f"{teams:,}", f"{value:.1f}"])
     return _table(["models", "teams", "µs a call"], lines) if lines else ""
+
+
+def _signing_table(results: Results) -> str:
+    lines = []
+    for scheme in SETTINGS:
+        value = results.get(scheme, "sign_us")
+        if value is not None:
+            lines.append([scheme, f"{value:.1f}"])
+    return _table(["`sign.scheme`", "CPU µs an attempt"], lines) if lines else ""
