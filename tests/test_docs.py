@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from filters import BUILTIN
+from filters.signers import SCHEMES, find
 from sidecar.api import AttemptFilter, CallFilter, Filter, FilterConfig
 from sidecar.config import Bound, bind, load_config
 from sidecar.config.schema import Config
@@ -204,7 +205,7 @@ Binder = Callable[..., Bound]
 @pytest.fixture
 def bound(folder: Path) -> Binder:
     """Write texts as `config.yaml` and team files, with a secret wherever they refer to one."""
-    secret = "a-long-secret"
+    secret = "a-long.secret"  # with the dot that some providers' keys have
     (folder / "secret").write_text(secret)
 
     def local(text: str) -> str:
@@ -213,7 +214,7 @@ def bound(folder: Path) -> Binder:
 
     def bound(config: str, teams: Mapping[str, str]) -> Bound:
         names = re.findall(r"\benv:(\w+)", "".join([config, *teams.values()]))
-        environ = {name: f"{secret} {name}" for name in names}
+        environ = {name: f"{secret}-{name}" for name in names}
         if teams:
             (folder / "teams").mkdir()
         for name, text in teams.items():
@@ -288,6 +289,34 @@ def test_every_filter_has_a_page_with_its_settings(name: str) -> None:
         assert table[setting] == ("" if info.is_required() else f"`{shown}`")
     if not settings:
         assert "no settings" in text
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_signing_scheme_is_documented_with_its_settings(name: str) -> None:
+    text = (ROOT / "docs" / "filters" / "sign.md").read_text()
+    (row,) = re.findall(rf"^\| [^|]+ \| `{name}` \| ([^|]*) \| ([^|]*) ?\|$", text, re.MULTILINE)
+    secrets, options = (set(re.findall(r"`([a-z_0-9]+)`", cell)) for cell in row)
+    scheme = find(name)
+    assert secrets == set(scheme.Credentials.model_fields)
+    fields = scheme.Options.model_fields
+    assert set(fields) <= options
+    for option, info in fields.items():
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, str) and "://" not in default:
+            assert f"`{default}`" in row[1], option
+        elif isinstance(default, bool | int):
+            assert str(default).lower() in row[1], option
+
+
+def test_every_signing_scheme_has_a_block_among_the_providers() -> None:
+    shown = [each for each in YAML if each.page.name == "providers.md"]
+    sections = [
+        upstream["sign"]
+        for block in shown
+        for upstream in yaml.safe_load(block.text)["upstreams"].values()
+        if "sign" in upstream
+    ]
+    assert {section["scheme"] for section in sections} == set(SCHEMES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
