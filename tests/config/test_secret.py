@@ -1,9 +1,17 @@
 import copy
+import dataclasses
 import json
+import logging
 import pickle
+import pprint
+import traceback
+from collections.abc import Callable
+from typing import Any
 
+import orjson
 import pytest
-from pydantic import BaseModel, ConfigDict, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sidecar.config.references import References
 from sidecar.config.secret import Secret, TeamKey
@@ -40,6 +48,95 @@ def test_only_reveal_shows_the_value() -> None:
     assert secret.reveal() == CANARY
     assert not [text for text in shown if CANARY in text]
     assert holder.model_dump_json() == '{"key":"***","more":["***"]}'
+
+
+@dataclasses.dataclass
+class Keeper:
+    key: Secret
+
+
+def traceback_of(error: BaseException) -> str:
+    """With the variables of its frames, as reporters of errors write it."""
+    report = traceback.TracebackException.from_exception(error, capture_locals=True)
+    return "".join(report.format())
+
+
+def failing_with(secret: Secret) -> str:
+    try:
+        raise RuntimeError(f"{secret}", secret)
+    except RuntimeError as error:
+        return traceback_of(error)
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        failing_with,
+        pprint.pformat,
+        lambda secret: repr(Keeper(secret)),
+        lambda secret: repr(dataclasses.asdict(Keeper(secret))),
+        lambda secret: repr({secret: [secret]}),
+        lambda secret: f"{secret} {secret!r} {secret!s} {secret!a} {secret:s} {secret:40}",
+        lambda secret: "".join(["%10s" % secret, "%a" % secret]),  # noqa: UP031
+        lambda secret: logging.makeLogRecord({"msg": "%s", "args": (secret,)}).getMessage(),
+        lambda secret: orjson.dumps({"key": secret}, default=str).decode(),
+        lambda secret: yaml.dump({"key": secret}),
+    ],
+)
+def test_a_secret_stays_hidden_in_whatever_holds_it(show: Callable[[Secret], str]) -> None:
+    for secret in (Secret(CANARY, "env:KEY"), Secret(CANARY), TeamKey(CANARY, "file:key")):
+        shown = show(secret)
+        assert "***" in shown
+        assert CANARY not in shown
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda secret: json.dumps({"key": secret}),
+        lambda secret: orjson.dumps({"key": secret}),
+        lambda secret: yaml.safe_dump({"key": secret}),
+        lambda secret: "".join([secret]),
+        lambda secret: "key " + secret,
+        lambda secret: bytes(secret),
+        lambda secret: int(secret),
+        lambda secret: secret["key"],
+        lambda secret: secret.strip(),
+    ],
+)
+def test_whoever_cannot_use_a_secret_does_not_show_it(write: Callable[[Any], object]) -> None:
+    with pytest.raises((TypeError, AttributeError, yaml.YAMLError)) as caught:
+        write(Secret(CANARY))
+    assert CANARY not in f"{caught.value!r} {traceback_of(caught.value)}"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", [Secret, TeamKey])
+def test_no_protocol_pickles_a_value(protocol: int, kind: type[Secret]) -> None:
+    data = pickle.dumps({"key": kind(CANARY, "env:KEY")}, protocol)
+    assert CANARY.encode() not in data
+    assert pickle.loads(data)["key"].reference == "env:KEY"
+
+
+class Strict(BaseModel):
+    """Settings of somebody who has not thought of hiding what was given."""
+
+    key: Secret
+    count: int = Field(gt=0)
+
+
+def test_a_validation_error_beside_a_secret_does_not_show_it(references: References) -> None:
+    for values in (
+        {"key": "env:KEY", "count": 0},
+        {"key": Secret(CANARY), "count": "x"},
+        {"key": [Secret(CANARY)], "count": 1},
+        {"count": {"key": Secret(CANARY)}},
+    ):
+        with pytest.raises(ValidationError) as caught:
+            Strict.model_validate(values, context=references)
+        error = caught.value
+        shown = [str(error), repr(error), repr(error.errors()), traceback_of(error)]
+        assert not [text for text in shown if CANARY in text]
 
 
 def test_a_pickled_secret_has_lost_its_value() -> None:
