@@ -73,7 +73,6 @@ class Options(BaseOptions):
 def sign(
     request: Request, credentials: Credentials, options: Options, now: float, nonce: str
 ) -> Signed:
-    access_key_id = credentials.access_key_id.reveal()
     body_hash = sha256(request.body or b"").hexdigest()
     headers = {
         "x-acs-action": _chosen(options.action, "action", request),
@@ -83,7 +82,6 @@ def sign(
         "x-acs-content-sha256": body_hash,
     }
     if credentials.security_token is not None:
-        headers["x-acs-accesskey-id"] = access_key_id
         headers["x-acs-security-token"] = credentials.security_token.reveal()
 
     signed_headers, header_lines = _canonical_headers(request, headers)
@@ -96,8 +94,8 @@ def sign(
     key = credentials.access_key_secret.reveal().encode()
     signature = hmac.digest(key, string_to_sign.encode(), "sha256").hex()
     headers["Authorization"] = (
-        f"{ALGORITHM} Credential={access_key_id},SignedHeaders={signed_headers},"
-        f"Signature={signature}"
+        f"{ALGORITHM} Credential={credentials.access_key_id.reveal()},"
+        f"SignedHeaders={signed_headers},Signature={signature}"
     )
     steps = {"canonical_request": canonical_request, "string_to_sign": string_to_sign}
     return Signed(headers, steps=steps)
