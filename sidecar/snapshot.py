@@ -199,7 +199,7 @@ class Snapshot:
                 clock=self._shared.clock,
                 metrics=self._shared.metrics,
                 tasks=self.tasks,
-                log=logging.getLogger(spec.filter_class.__module__),
+                log=_logger(spec.filter_class),
                 access_log=self._shared.access_log,
                 team=team,
                 upstreams=self.bound.upstream_sections.get(spec.name, {}),
@@ -210,6 +210,12 @@ class Snapshot:
             made.append(spec.filter_class(spec.config, kit))
         self._filters.extend(made)
         return made
+
+
+def _logger(filter_class: type[Filter]) -> logging.Logger:
+    """Below `filters`, wherever the filter comes from: so `log.level` is its level, too."""
+    module = filter_class.__module__
+    return logging.getLogger(module if module.startswith("filters.") else f"filters.{module}")
 
 
 async def _refuse(call: Any) -> Reply:

@@ -306,3 +306,30 @@ async def test_readiness_means_that_every_worker_is_ready(tmp_path: Path) -> Non
     assert await supervisor._state() == "starting"
     answers[1] = 200
     assert await supervisor._state() == "ready"
+
+
+@pytest.mark.parametrize(
+    ("level", "events"), [("info", ["told", "warned"]), ("warning", ["warned"])]
+)
+async def test_level_of_the_log_is_that_of_local_filters_too(
+    tmp_path: Path, level: str, events: list[str]
+) -> None:
+    (tmp_path / "telling.py").write_text(
+        "from sidecar.api import CallFilter\n\n\n"
+        "class Telling(CallFilter):\n"
+        "    async def start(self):\n"
+        "        self.kit.log.info('told')\n"
+        "        self.kit.log.warning('warned')\n"
+    )
+    (tmp_path / "config.yaml").write_text(
+        "listen: 127.0.0.1:0\nadmin: null\n"
+        f"log: {{level: {level}}}\n"
+        'upstreams: {mock: {dialect: openai, base_url: "mock:"}}\n'
+        'models: {m: [mock]}\n'
+        'chains: {default: {call: ["telling:Telling"], attempt: []}}\n'
+    )
+    async with serving(tmp_path / "config.yaml") as sidecar:
+        await sidecar.event("warned")
+        told = [each["event"] for each in sidecar.log if each["event"] in ("told", "warned")]
+        assert told == events
+        assert await sidecar.end() == 0
