@@ -132,7 +132,9 @@ def _filter(name: str) -> Sign:
     return Sign(FilterConfig(), kit)
 
 
-async def _no_fetch(method: str, url: str, headers: Mapping[str, str], body: bytes) -> Fetched:
+async def _no_fetch(
+    upstream: str, method: str, url: str, headers: Mapping[str, str], body: bytes
+) -> Fetched:
     raise NotImplementedError
 
 

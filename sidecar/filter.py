@@ -67,10 +67,11 @@ class Fetch(Protocol):
     """Fetches a small answer from a configured address, off the path of calls."""
 
     async def __call__(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes
+        self, upstream: str, method: str, url: str, headers: Mapping[str, str], body: bytes
     ) -> Fetched:
-        """The answer, whatever its status; redirects are not followed. Raises `FetchFailed` after
-        10 s, when nobody answers, or for more than 64 KiB; its message holds no URL."""
+        """The answer, whatever its status, by the proxy of `upstream` and to addresses that it may
+        have. Redirects are not followed. Raises `FetchFailed` after 10 s, when nobody answers, or
+        for more than 64 KiB; its message holds no URL."""
         ...
 
 

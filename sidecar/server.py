@@ -23,7 +23,6 @@ from sidecar.metrics import FamilySnapshot, Metrics
 from sidecar.resources import Resources
 from sidecar.snapshot import Shared, Snapshot
 from sidecar.tasks import Tasks
-from sidecar.transport.fetch import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,6 @@ class Server:
         self._admin: Admin | None = None
         self._resources = Resources()
         self._tasks = Tasks()
-        self._fetcher = Fetcher()
         self._lines: LineWriter | None = None
         self._unix_path: Path | None = None
         self._stop_asked = asyncio.Event()
@@ -92,7 +90,6 @@ class Server:
             metrics=self.metrics,
             tasks=self._tasks,
             clock=SystemClock(),
-            fetch=self._fetcher,
             access_log=self._lines.write if self._lines is not None else _nowhere,
         )
         self.snapshot = await self._new_snapshot(self._bound)
@@ -265,7 +262,6 @@ class Server:
         if hasattr(self, "snapshot"):
             await self.snapshot.stop()
         await self._resources.close()
-        await self._fetcher.close()
         if self._admin is not None:
             await self._admin.stop()
             self._admin = None

@@ -17,13 +17,14 @@ from sidecar.clock import Clock
 from sidecar.config import Bound, BoundPolicy, FilterSpec
 from sidecar.dispatch import Dispatch, send
 from sidecar.errors import CallError, Rejected
-from sidecar.filter import AttemptFilter, CallFilter, Fetch, Filter, Kit, KitResources
+from sidecar.filter import AttemptFilter, CallFilter, Fetched, Filter, Kit, KitResources
 from sidecar.metrics import Counter, Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
 from sidecar.tasks import Tasks
 from sidecar.team import Callers, Models, Patterns, Policy, Team, digest
 from sidecar.transport.connect import Origin
+from sidecar.transport.fetch import fetch
 from sidecar.transport.upstream import LiveUpstream, open_pool, parse_base_url, pool_key
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ class Shared:
     metrics: Metrics
     tasks: Tasks
     clock: Clock
-    fetch: Fetch
     access_log: Callable[[Mapping[str, Any]], None]
 
 
@@ -57,6 +57,7 @@ class Snapshot:
         self.upstreams: dict[str, LiveUpstream] = {}
         self.models = Models({})
         self.callers: Callers
+        self._origins: dict[str, tuple[str, str]] = {}
         self._shared = shared
         self._generation = generation
         self._filters: list[Filter] = []
@@ -131,6 +132,7 @@ class Snapshot:
             self.upstreams[name] = LiveUpstream(
                 name, settings, origin=origin, base_path=base_path, pool=pool
             )
+            self._origins[name] = (self.upstreams[name].scheme, self.upstreams[name].host)
 
     def _compile(self) -> None:
         config = self.bound.config
@@ -177,6 +179,12 @@ class Snapshot:
             refuse=link_call(observers, _refuse),
         )
 
+    async def _fetch(
+        self, upstream: str, method: str, url: str, headers: Mapping[str, str], body: bytes
+    ) -> Fetched:
+        settings = self.bound.config.upstreams[upstream]
+        return await fetch(settings, method, url, headers, body)
+
     def _is_team_key(self, key: str) -> bool:
         wanted = digest(key)
         return any(each.sha256() == wanted for team in self.bound.teams for each in team.keys)
@@ -203,8 +211,8 @@ class Snapshot:
                 access_log=self._shared.access_log,
                 team=team,
                 upstreams=self.bound.upstream_sections.get(spec.name, {}),
-                origins={name: (each.scheme, each.host) for name, each in self.upstreams.items()},
-                fetch=self._shared.fetch,
+                origins=self._origins,
+                fetch=self._fetch,
                 resources=KitResources(self._shared.resources, self._generation),
             )
             made.append(spec.filter_class(spec.config, kit))

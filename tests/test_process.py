@@ -325,7 +325,7 @@ async def test_level_of_the_log_is_that_of_local_filters_too(
         "listen: 127.0.0.1:0\nadmin: null\n"
         f"log: {{level: {level}}}\n"
         'upstreams: {mock: {dialect: openai, base_url: "mock:"}}\n'
-        'models: {m: [mock]}\n'
+        "models: {m: [mock]}\n"
         'chains: {default: {call: ["telling:Telling"], attempt: []}}\n'
     )
     async with serving(tmp_path / "config.yaml") as sidecar:

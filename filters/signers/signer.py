@@ -124,14 +124,18 @@ class UpstreamSigner:
 
         async def fetch() -> Token:
             request = exchange.request(credentials, settings, self._now())
-            answer = await kit.fetch(request.method, request.url, request.headers, request.body)
+            answer = await kit.fetch(
+                self._upstream, request.method, request.url, request.headers, request.body
+            )
             if any(mark in answer.body for mark in exchange.expired):
                 self._learn_offset(answer.date)  # for the next try, which comes soon
             return exchange.read(answer.status, answer.body, kit.clock.wall())
 
         # A settings' text shows every option, and no secret.
         key = ("sign", self._upstream, "token", digest(credentials), repr(settings))
-        return kit.resources.get(key, lambda: TokenStore(fetch, kit.clock, self._fetched))
+        store = kit.resources.get(key, lambda: TokenStore(kit.clock))
+        store.fetch_by(fetch, self._fetched)
+        return store
 
     def _fetched(self, failure: str | None) -> None:
         self._fetches.child(self._upstream, "ok" if failure is None else "failed").inc()

@@ -23,24 +23,26 @@ class TokenStore:
     """The token of one credential. One fetch at a time, whoever asks and however many.
 
     While the token is good, nobody waits: a renewal runs beside the calls, and one that fails is
-    tried again. `on_fetch` is told the result of each fetch: None, or why it failed.
+    tried again.
     """
 
-    def __init__(
-        self,
-        fetch: Callable[[], Awaitable[Token]],
-        clock: Clock,
-        on_fetch: Callable[[str | None], None],
-    ) -> None:
-        self._fetch = fetch
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._on_fetch = on_fetch
+        self._fetch: Callable[[], Awaitable[Token]]
+        self._on_fetch: Callable[[str | None], None]
         self._token: Token | None = None
         self._running: asyncio.Task[Token] | None = None
         self._failure = ""
         self._failures = 0
         self._not_before = 0.0
         self._fetched_at = 0.0
+
+    def fetch_by(
+        self, fetch: Callable[[], Awaitable[Token]], on_fetch: Callable[[str | None], None]
+    ) -> None:
+        """From now on fetch so: the store outlives the configuration that made it. `on_fetch` is
+        told the result of each fetch: None, or why it failed."""
+        self._fetch, self._on_fetch = fetch, on_fetch
 
     def current(self) -> Token | None:
         """The token, if it is good; starts a renewal when it is time for one."""

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping
+import ssl
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from sidecar.addresses import is_forbidden, literal, permitted
+from sidecar.addresses import Network, is_forbidden, literal, permitted
+from sidecar.config.schema import UpstreamSettings
+from sidecar.config.secret import Secret
 from sidecar.errors import FetchFailed
 from sidecar.filter import Fetched
 from sidecar.transport.upstream import environment_proxy
@@ -24,53 +28,60 @@ TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 64 * 1024
 
 
-class Fetcher:
-    """Fetches one answer at a time over connections that are not kept. A `sidecar.filter.Fetch`."""
+async def fetch(
+    settings: UpstreamSettings, method: str, url: str, headers: Mapping[str, str], body: bytes
+) -> Fetched:
+    """The answer, on a connection of its own, by the upstream's proxy and to no address that it may
+    not have. `tls.ca_file` is trusted beside the system's; nothing turns verification off.
 
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __call__(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes
-    ) -> Fetched:
-        scheme, host, port = _origin(url)
-        # aiohttp asks its resolver for names alone.
-        if (address := literal(host)) is not None and is_forbidden(address):
-            raise FetchFailed("the address may not be connected to")
-        try:
-            async with (
-                asyncio.timeout(TIMEOUT_S),
-                self._open().request(
-                    method,
-                    URL(url, encoded=True),  # as it was signed
-                    headers=headers,
-                    data=body or None,
-                    allow_redirects=False,
-                    proxy=environment_proxy(scheme, host, port),
-                ) as response,
-            ):
-                data = await _read(response)
-                return Fetched(response.status, data, response.headers.get("date", ""))
-        except TimeoutError:
-            raise FetchFailed("no answer in time") from None
-        # Their messages and tracebacks hold URLs: the kind alone is told.
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise FetchFailed(f"no answer: {type(error).__name__}") from None
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=GuardedResolver(), force_close=True),
+    See `sidecar.filter.Fetch` for what it raises.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    allowed = [ip_network(each) for each in settings.allow_addresses]
+    # aiohttp asks its resolver for names alone.
+    if (address := literal(host)) is not None and is_forbidden(address, allowed):
+        raise FetchFailed("the address may not be connected to")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        async with (
+            asyncio.timeout(TIMEOUT_S),
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    resolver=GuardedResolver(allowed), ssl=_tls_context(settings)
+                ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"user-agent": "llm-sidecar"},
-            )
-        return self._session
+            ) as session,
+            session.request(
+                method,
+                URL(url, encoded=True),  # as it was signed
+                headers=headers,
+                data=body or None,
+                allow_redirects=False,
+                proxy=_proxy(settings, parts.scheme, host, port),
+            ) as response,
+        ):
+            data = await _read(response)
+            return Fetched(response.status, data, response.headers.get("date", ""))
+    except TimeoutError:
+        raise FetchFailed("no answer in time") from None
+    # Their messages and tracebacks hold URLs: the kind alone is told.
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise FetchFailed(f"no answer: {type(error).__name__}") from None
 
-    async def close(self) -> None:
-        """Idempotent."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+
+def _proxy(settings: UpstreamSettings, scheme: str, host: str, port: int) -> str | None:
+    if isinstance(settings.proxy, Secret):
+        return settings.proxy.reveal()
+    return environment_proxy(scheme, host, port) if settings.proxy == "env" else None
+
+
+def _tls_context(settings: UpstreamSettings) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if settings.tls.ca_file is not None:
+        context.load_verify_locations(settings.tls.ca_file)
+    return context
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
@@ -83,24 +94,18 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(pieces)
 
 
-def _origin(url: str) -> tuple[str, str, int]:
-    parts = urlsplit(url)
-    return (
-        parts.scheme,
-        parts.hostname or "",
-        parts.port or (443 if parts.scheme == "https" else 80),
-    )
-
-
 class GuardedResolver(AbstractResolver):
-    """The system's resolver, without addresses that no upstream may have."""
+    """The system's resolver, without addresses that the upstream may not have."""
+
+    def __init__(self, allowed: Sequence[Network]) -> None:
+        self._allowed = allowed
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         loop = asyncio.get_running_loop()
         infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
-        found = permitted(list(infos), ())
+        found = permitted(list(infos), self._allowed)
         if not found:
             raise OSError("no address that may be connected to")
         return [

@@ -221,7 +221,7 @@ class FakeFetcher:
         self.answer: Callable[[], Awaitable[Fetched]] = self.failing
 
     async def __call__(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes
+        self, upstream: str, method: str, url: str, headers: Mapping[str, str], body: bytes
     ) -> Fetched:
         self.asked.append((method, url, dict(headers), body))
         return await self.answer()

@@ -19,7 +19,6 @@ from sidecar.metrics import Metrics
 from sidecar.resources import Resources
 from sidecar.snapshot import Shared, Snapshot
 from sidecar.tasks import Tasks
-from sidecar.transport.fetch import Fetcher
 from sidecar.transport.upstream import LiveUpstream, tls_context
 from tests.support.attempts import OpenUpstream, attached, make_attempt, until, whole
 from tests.support.upstream import RawConnection, RawUpstream
@@ -249,7 +248,6 @@ async def test_start_warns_of_an_upstream_that_is_not_verified(
         metrics=Metrics(),
         tasks=Tasks(),
         clock=SystemClock(),
-        fetch=Fetcher(),
         access_log=lambda fields: None,
     )
     snapshot = Snapshot(bind(load_config(path, {})), shared, generation=1)

@@ -14,7 +14,7 @@ from filters.signers.baidu_oauth import SCHEME, Credentials, Options
 from filters.signers.scheme import CannotSign, Request, Signed, Token, TokenRequest
 from filters.signers.vector import BadVector, sign_vector
 from sidecar.api import Secret
-from sidecar.transport.fetch import Fetcher
+from tests.support.fetching import ask
 from tests.support.upstream import RawUpstream
 
 NOW = 1_719_820_800.0
@@ -80,18 +80,12 @@ async def test_request_arrives_as_it_was_made() -> None:
     async with RawUpstream() as upstream:
         options = Options(token_url=f"{upstream.base_url}/private/token")
         request = token_request(options, secret="a+b c")
-        fetch = Fetcher()
-        try:
-            asked = asyncio.ensure_future(
-                fetch(request.method, request.url, request.headers, request.body)
-            )
-            connection = await upstream.accept()
-            head = (await connection.read_request()).decode()
-            body = json.dumps(answer()).encode()
-            connection.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-            fetched = await asked
-        finally:
-            await fetch.close()
+        asked = asyncio.ensure_future(ask(request))
+        connection = await upstream.accept()
+        head = (await connection.read_request()).decode()
+        body = json.dumps(answer()).encode()
+        connection.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        fetched = await asked
     target, *lines = head.split("\r\n")
     assert target == (
         "POST /private/token?grant_type=client_credentials"

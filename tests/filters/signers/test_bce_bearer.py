@@ -17,7 +17,7 @@ from filters.signers.bce_bearer import SCHEME, Options
 from filters.signers.scheme import CannotSign, Request, Token, TokenRequest
 from filters.signers.vector import BadVector, sign_vector
 from sidecar.api import Secret
-from sidecar.transport.fetch import Fetcher
+from tests.support.fetching import ask
 from tests.support.upstream import RawUpstream
 
 NOW = datetime(2024, 11, 28, 6, 9, 57, tzinfo=UTC).timestamp()
@@ -101,20 +101,14 @@ def test_options_are_part_of_what_is_signed(token_url: str, url: str, host: str)
 async def test_signature_is_good_for_what_arrives() -> None:
     async with RawUpstream() as upstream:
         request = token_request(Options(token_url=f"{upstream.base_url}/v1/BCE-BEARER/token"))
-        fetch = Fetcher()
-        try:
-            asked = asyncio.ensure_future(
-                fetch(request.method, request.url, request.headers, request.body)
-            )
-            connection = await upstream.accept()
-            head = (await connection.read_request()).decode()
-            body = json.dumps(answer()).encode()
-            connection.write(
-                b"HTTP/1.1 201 Created\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-            )
-            fetched = await asked
-        finally:
-            await fetch.close()
+        asked = asyncio.ensure_future(ask(request))
+        connection = await upstream.accept()
+        head = (await connection.read_request()).decode()
+        body = json.dumps(answer()).encode()
+        connection.write(
+            b"HTTP/1.1 201 Created\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        fetched = await asked
     target, *lines = head.partition("\r\n\r\n")[0].split("\r\n")
     method, path, _ = target.split(" ")
     assert method == "GET"

@@ -19,7 +19,7 @@ from filters.signers.scheme import CannotSign, Request, Token, TokenRequest
 from filters.signers.vector import BadVector, sign_vector
 from filters.signers.volcengine_ark import ERRORS, SCHEME, Credentials, Options
 from sidecar.api import Secret
-from sidecar.transport.fetch import Fetcher
+from tests.support.fetching import ask
 from tests.support.upstream import RawUpstream
 
 NOW = datetime(2025, 1, 8, 7, 23, 36, tzinfo=UTC).timestamp()
@@ -122,17 +122,11 @@ async def test_signature_is_good_for_what_arrives() -> None:
     async with RawUpstream() as upstream:
         options = Options(resource_ids=[ENDPOINT], token_url=upstream.base_url)
         request = key_request(options)
-        fetch = Fetcher()
-        try:
-            asked = asyncio.ensure_future(
-                fetch(request.method, request.url, request.headers, request.body)
-            )
-            connection = await upstream.accept()
-            head, _, body = (await connection.read_request()).partition(b"\r\n\r\n")
-            connection.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
-            await asked
-        finally:
-            await fetch.close()
+        asked = asyncio.ensure_future(ask(request))
+        connection = await upstream.accept()
+        head, _, body = (await connection.read_request()).partition(b"\r\n\r\n")
+        connection.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await asked
     target, *lines = head.decode().split("\r\n")
     fields = dict(line.split(": ", 1) for line in lines)
     assert target == f"POST /?{QUERY} HTTP/1.1"

@@ -25,7 +25,8 @@ class Provider:
         self.answer = asyncio.Event()
         self.answer.set()
         self.results: list[str | None] = []
-        self.store = TokenStore(self.fetch, self.clock, self.results.append)
+        self.store = TokenStore(self.clock)
+        self.store.fetch_by(self.fetch, self.results.append)
 
     async def fetch(self) -> Token:
         self.count += 1
