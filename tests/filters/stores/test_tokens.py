@@ -186,3 +186,15 @@ async def test_closing_ends_a_fetch_that_is_under_way() -> None:
 def test_a_token_never_shows_itself() -> None:
     token = Token("secret-value", 10.0, 20.0)
     assert "secret-value" not in f"{token!r} {token}"
+
+
+async def test_newest_way_to_fetch_is_used_and_the_token_is_kept() -> None:
+    first, second = Provider(), Provider()
+    store = first.store
+    await store.get()
+    store.fetch_by(second.fetch, second.results.append)
+    assert (await store.get()).value == "token-1"
+    first.clock.turn(LIFE_S)
+    await store.get()
+    assert (first.count, second.count) == (1, 1)
+    assert second.results == [None]
