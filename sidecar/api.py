@@ -1,5 +1,6 @@
 """All that a filter may import."""
 
+from sidecar.addresses import is_forbidden, literal
 from sidecar.call import (
     USAGE,
     Attempt,
@@ -77,6 +78,8 @@ __all__ = [
     "UpstreamError",
     "Usage",
     "field",
+    "is_forbidden",
+    "literal",
     "sendable_name",
     "sendable_value",
 ]

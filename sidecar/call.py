@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, overload
 
 import orjson
@@ -496,7 +497,6 @@ class Attempt(Scope):
         "call",
         "first_byte_at",
         "headers",
-        "is_streaming",
         "method",
         "number",
         "path",
@@ -550,6 +550,7 @@ class Attempt(Scope):
         if self.upload is not None:
             self.body = await self.call.hold_body()
             self.upload = None
+            self.started_at = monotonic()  # the client's time was not the upstream's
         return self.body
 
     def body_ended(self, body: Body, outcome: Outcome, error: CallError | None) -> None:

@@ -15,6 +15,7 @@ from sidecar import __version__
 
 if TYPE_CHECKING:
     from sidecar.config import Bound
+    from sidecar.filter import FilterConfig
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,13 +113,16 @@ def check(path: Path) -> None:
 
 
 @main.command("sign")
-def sign_request() -> None:
+@click.option("--config", "path", type=_CONFIG, help="With --upstream: sign as it is signed there.")
+@click.option("--upstream", "name", help="Whose section `sign` says how.")
+def sign_request(path: Path | None, name: str | None) -> None:
     """Sign one request, given as JSON on standard input; print what that adds to it, and how.
 
     For the moment when a provider says that a signature does not match: compare `intermediate`
-    with what it says it expected. docs/providers.md has the shape. Credentials may be
-    written as env:NAME or file:PATH. Without `clock` it signs for now. The output holds keys
-    derived from yours: keep it to yourself.
+    with what it says it expected. docs/filters/sign.md has the shape. Credentials may be
+    written as env:NAME or file:PATH; with --config and --upstream they come from there, with the
+    scheme and its options. Without `clock` it signs for now. The output holds keys derived from
+    yours: keep it to yourself.
 
     The scheme `aws-eventstream-frame` decodes `frame_hex`, a frame of Bedrock's event stream.
 
@@ -126,40 +130,51 @@ def sign_request() -> None:
     Exit codes
       0  signed
       1  the request lacks what the scheme signs
-      2  the input is not what it should be, or the command was used wrongly
+      2  the input is not what it should be, the configuration does not load, or the command was
+         used wrongly
     """
     import json
     import os
     import time
     from importlib import import_module
 
+    from sidecar.config.document import dotted
+    from sidecar.config.explain import explain
     from sidecar.config.references import References
 
+    if (path is None) != (name is None):
+        raise click.UsageError("--config and --upstream go together")
+    settings = _sign_section(path, name) if path is not None and name is not None else None
     if sys.stdin.isatty():
         click.echo("reading one JSON request from standard input", err=True)
     try:
         vector = json.loads(sys.stdin.buffer.read())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         click.echo(f"standard input is not JSON: {error}", err=True)
         sys.exit(2)
-    if isinstance(vector, dict) and vector.get("scheme") == EVENT_STREAM_FRAME:
-        click.echo(json.dumps(_decode_frame(vector), indent=2, ensure_ascii=False, default=str))
-        return
-    references = References(Path(), os.environ)
-
-    def secret(text: str) -> str:
-        return references.secret(text) if text.startswith(("env:", "file:", "exec:")) else text
-
     # By name: filters import the sidecar, never the other way round.
     signers = import_module("filters.signers.vector")
+    if isinstance(vector, dict) and vector.get("scheme") == EVENT_STREAM_FRAME:
+        frame = {key: value for key, value in vector.items() if key not in signers.ABOUT}
+        click.echo(json.dumps(_decode_frame(frame), indent=2, ensure_ascii=False, default=str))
+        return
     try:
         found = signers.sign_vector(
-            vector, now=time.time(), nonce=os.urandom(16).hex(), secret=secret
+            vector,
+            now=time.time(),
+            nonce=os.urandom(16).hex(),
+            references=References(Path(), os.environ),
+            settings=settings,
         )
     except signers.CannotSign as error:
         click.echo(str(error), err=True)
         sys.exit(1)
-    except ValueError as error:  # a BadVector, or a reference that leads nowhere
+    except signers.BadFields as bad:
+        for mistake in explain(bad.error, bad.model, bad.values):
+            place = dotted(mistake.keys)
+            click.echo(f"{place}: {mistake.message}" if place else mistake.message, err=True)
+        sys.exit(2)
+    except signers.BadVector as error:
         click.echo(str(error), err=True)
         sys.exit(2)
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -212,10 +227,35 @@ def mock(listen: str, script: Path | None) -> None:
     sys.exit(_run(serve_mock()))
 
 
+def _sign_section(path: Path, name: str) -> FilterConfig:
+    """The section `sign` of an upstream; exits with 2 when there is none."""
+    from sidecar.config.explain import did_you_mean
+
+    bound = _load_or_exit(path, {})
+    sections = bound.upstream_sections.get("sign", {})
+    if name in sections:
+        return sections[name]
+    if name in bound.config.upstreams:
+        message = f'the upstream "{name}" has no section `sign`: nothing is signed'
+    else:
+        names = list(bound.config.upstreams)
+        hint = did_you_mean(name, names) or f"; there are: {', '.join(names)}"
+        message = f'there is no upstream "{name}"{hint}'
+    click.echo(f"{path}: {message}", err=True)
+    sys.exit(2)
+
+
 def _decode_frame(vector: dict[str, Any]) -> dict[str, Any]:
     """What stands in the one frame of `vector["frame_hex"]`; exits with 2 when it is broken."""
+    from sidecar.config.explain import did_you_mean
     from sidecar.eventstream import BadMessage, Decoder
 
+    known = ("scheme", "frame_hex")
+    for key in vector:
+        if key not in known:
+            hint = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
+            click.echo(f"{key}: unknown key{hint}", err=True)
+            sys.exit(2)
     try:
         decoder = Decoder()
         messages = decoder.feed(bytes.fromhex(vector["frame_hex"]))

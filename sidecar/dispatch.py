@@ -6,8 +6,7 @@ theirs, and ends exactly once.
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from time import monotonic
 from typing import cast
 from urllib.parse import unquote
@@ -20,7 +19,7 @@ from sidecar.errors import Rejected
 from sidecar.filter import AttemptNext
 from sidecar.headers import Headers
 from sidecar.reply import Reply
-from sidecar.team import Models
+from sidecar.team import Models, digest, offered_keys
 from sidecar.transport.connection import HOP_BY_HOP
 from sidecar.transport.upstream import LiveUpstream
 
@@ -44,11 +43,11 @@ class Dispatch:
         *,
         models: Models,
         taps_events: bool,
-        is_team_key: Callable[[str], bool] = lambda key: False,
+        team_keys: frozenset[str] = frozenset(),
     ) -> None:
         self._models = models
         self._taps_events = taps_events
-        self._is_team_key = is_team_key
+        self._team_keys = team_keys  # as `digest` has them
         self.attempt_chain: AttemptNext = send  # replaced once the attempt filters are linked
 
     async def __call__(self, call: Call) -> Reply:
@@ -120,13 +119,8 @@ class Dispatch:
         """Whether this is a team's key, which is no provider's business."""
         if name not in CLIENT_KEYS:
             return False
-        text = value.decode("utf-8", "surrogateescape").strip()
-        words = [text, *text.split()]  # whatever scheme stands before it
-        try:
-            words += base64.b64decode(words[-1], validate=True).decode().split(":")
-        except ValueError:
-            pass  # no Basic
-        return any(self._is_team_key(word) for word in words)
+        text = value.decode("utf-8", "surrogateescape")
+        return any(digest(each) in self._team_keys for each in offered_keys(text))
 
     def _answer_here(self, call: Call) -> Reply:
         """What the sidecar answers itself: the models the team may use."""

@@ -801,13 +801,15 @@ class ClientWriter:
 class BoundedUpload:
     """A request body as it comes in: bounded in size, and in time between two pieces."""
 
-    __slots__ = ("_call", "_http", "_limit", "_payload")
+    __slots__ = ("_call", "_held", "_holding", "_http", "_limit", "_payload")
 
     def __init__(self, payload: Any, call: Call, limit: int, http: HttpSettings) -> None:
         self._payload = payload
         self._call = call
         self._limit = limit
         self._http = http
+        self._held: list[bytes] = []
+        self._holding: asyncio.Lock | None = None
 
     async def readany(self) -> bytes:
         """The next bytes, empty at the end. Raises `Rejected`: 408 after silence, 413, 400."""
@@ -825,14 +827,17 @@ class BoundedUpload:
         return data
 
     async def hold(self) -> bytes:
+        """All of it. Whoever asks again, after somebody gave up half-way, gets all of it too."""
         self._limit = limit = min(self._limit, self._http.max_body_bytes)
         announced = self._call.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             raise _too_large(limit)
-        pieces = []
-        while data := await self.readany():
-            pieces.append(data)
-        return b"".join(pieces)
+        if self._holding is None:
+            self._holding = asyncio.Lock()
+        async with self._holding:
+            while data := await self.readany():
+                self._held.append(data)
+        return b"".join(self._held)
 
 
 def head_bytes(headers: MultiMapping[str]) -> int:

@@ -173,6 +173,18 @@ class Body:
         """The bytes in hand before anybody takes them."""
         return b"".join(self._held)
 
+    async def wait_for(self, size: int) -> None:
+        """Wait until so many bytes are in hand, or all there are; they stay in hand."""
+        while sum(map(len, self._held)) < size and not self.is_arrived and self._ended is None:
+            await self._feed_more()
+
+    async def _feed_more(self) -> None:
+        """Let the source go on until it has fed something, or is over."""
+        self._more = asyncio.get_running_loop().create_future()
+        if self._source is not None:
+            self._source.resume()
+        await self._more
+
     async def first_event(self, *, max_bytes: int = 64 * 1024) -> Event | None:
         """Wait for the first event of a stream without taking it; None when there is none.
 
@@ -191,10 +203,7 @@ class Body:
                 return None
             if self.is_arrived or size > max_bytes:
                 return next(iter(decoder.finish()), None)
-            self._more = asyncio.get_running_loop().create_future()
-            if self._source is not None:
-                self._source.resume()
-            await self._more
+            await self._feed_more()
 
     def _taps(self) -> _Taps:
         if not self._stages or not isinstance(self._stages[-1], _Taps):

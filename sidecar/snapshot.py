@@ -22,7 +22,7 @@ from sidecar.metrics import Counter, Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
 from sidecar.tasks import Tasks
-from sidecar.team import Callers, Models, Patterns, Policy, Team, digest
+from sidecar.team import Callers, Models, Patterns, Policy, Team
 from sidecar.transport.connect import Origin
 from sidecar.transport.fetch import fetch
 from sidecar.transport.upstream import LiveUpstream, open_pool, parse_base_url, pool_key
@@ -57,6 +57,7 @@ class Snapshot:
         self.upstreams: dict[str, LiveUpstream] = {}
         self.models = Models({})
         self.callers: Callers
+        self._team_keys = frozenset(key.sha256() for team in bound.teams for key in team.keys)
         self._origins: dict[str, tuple[str, str]] = {}
         self._shared = shared
         self._generation = generation
@@ -168,9 +169,7 @@ class Snapshot:
         taps_events = any(spec.filter_class.taps_events for spec in specs)
         call_filters: list[CallFilter] = self._make(bound.call, team.name)
         attempt_filters: list[AttemptFilter] = self._make(bound.attempt, team.name)
-        dispatch = Dispatch(
-            models=self.models, taps_events=taps_events, is_team_key=self._is_team_key
-        )
+        dispatch = Dispatch(models=self.models, taps_events=taps_events, team_keys=self._team_keys)
         dispatch.attempt_chain = link_attempt(attempt_filters, send)
         observers = [each for each in call_filters if each.sees_refused]
         return Policy(
@@ -184,10 +183,6 @@ class Snapshot:
     ) -> Fetched:
         settings = self.bound.config.upstreams[upstream]
         return await fetch(settings, method, url, headers, body)
-
-    def _is_team_key(self, key: str) -> bool:
-        wanted = digest(key)
-        return any(each.sha256() == wanted for team in self.bound.teams for each in team.keys)
 
     def _nobody(self) -> Policy:
         """Refuses callers with an unknown key, and lets observers see it."""

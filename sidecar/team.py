@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -123,6 +124,19 @@ class Callers:
         else:
             key = headers.get("x-api-key") or headers.get("api-key") or ""
         return self._by_key.get(digest(key))
+
+
+def offered_keys(value: str) -> list[str]:
+    """What a credential header may mean as a key: all of it, what follows its scheme, and both
+    halves of a Basic pair (RFC 7617)."""
+    text = value.strip()
+    rest = text.split(None, 1)[-1] if text else ""
+    keys = [text, rest]
+    try:
+        keys += base64.b64decode(rest, validate=True).decode().split(":", 1)
+    except ValueError:
+        pass  # no Basic
+    return keys
 
 
 def digest(key: str) -> str:

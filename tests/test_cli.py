@@ -130,7 +130,7 @@ async def test_options_win_over_the_file_and_admin_none_opens_no_admin_port(
         assert await sidecar.end() == 0
 
 
-@pytest.mark.parametrize("command", ["run", "check", "mock"])
+@pytest.mark.parametrize("command", ["run", "check", "sign", "mock"])
 def test_help_lists_the_exit_codes(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -140,7 +140,7 @@ def test_help_lists_the_exit_codes(command: str) -> None:
 def test_help_names_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert {"run", "check", "mock"} <= set(result.stdout.split())
+    assert {"run", "check", "sign", "mock"} <= set(result.stdout.split())
 
 
 async def test_python_m_sidecar_is_the_command(tmp_path: Path) -> None:

@@ -9,16 +9,21 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from filters import BUILTIN
 from filters.signers import SCHEMES, find
+from filters.signers.settings import SET_ASIDE_S, PoolSettings, SignSettings
+from filters.signers.vector import RequestVector, WholeVector
 from sidecar.api import AttemptFilter, CallFilter, Filter, FilterConfig
 from sidecar.config import Bound, bind, load_config
 from sidecar.config.schema import Config
@@ -281,7 +286,8 @@ def test_every_filter_has_a_page_with_its_settings(name: str) -> None:
     settings = dict(found.Config.model_fields)
     if found.UpstreamConfig is not None:
         settings.update(found.UpstreamConfig.model_fields)
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|", text, re.MULTILINE)
+    first = text.partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|", first, re.MULTILINE)
     table = {name: default.strip() for name, default in rows} if settings else {}
     assert set(table) == set(settings)
     for setting, info in settings.items():
@@ -306,6 +312,61 @@ def test_every_signing_scheme_is_documented_with_its_settings(name: str) -> None
             assert f"`{default}`" in row[1], option
         elif isinstance(default, bool | int):
             assert str(default).lower() in row[1], option
+
+
+def test_settings_of_a_pool_are_documented_with_type_and_default() -> None:
+    text = (ROOT / "docs" / "filters" / "sign.md").read_text()
+    pool = text.partition("## Several keys")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\w+) \|", pool, re.MULTILINE)
+    fields = PoolSettings.model_fields.keys() - SignSettings.model_fields.keys()
+    assert {name for name, _, _ in rows} == fields
+    assert ("set_aside_s", "number, above 0", f"{SET_ASIDE_S:.0f}") in rows
+
+
+def test_fields_of_a_request_to_sign_are_documented_with_their_defaults() -> None:
+    text = (ROOT / "docs" / "filters" / "sign.md").read_text()
+    table = text.partition("### Its input")[2]
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| ([^|]+) \|", table, re.MULTILINE))
+    inner = {f"request.{name}": field for name, field in RequestVector.model_fields.items()}
+    outer = {k: field for k, field in WholeVector.model_fields.items() if k != "request"}
+    assert set(rows) == {*inner, *outer}
+    for name, field in inner.items():
+        assert (rows[name] == "required") == field.is_required(), name
+
+
+async def test_azure_s_sdk_calls_azure_s_path_through_the_documented_upstream() -> None:
+    (base_url,) = [
+        value["upstreams"]["azure-classic"]["base_url"]
+        for value in (yaml.safe_load(block.text) for block in YAML)
+        if "azure-classic" in value.get("upstreams", {})
+    ]
+    (endpoint,) = re.findall(
+        r'azure_endpoint="([^"]+)"', (ROOT / "docs" / "providers.md").read_text()
+    )
+    called = []
+
+    async def answer(request: web.Request) -> web.Response:
+        called.append(request.path)
+        return web.json_response({"id": "a", "object": "chat.completion", "choices": []})
+
+    async with TestServer(application(answer)) as server:
+        client = openai.AsyncAzureOpenAI(
+            azure_endpoint=endpoint.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
+            api_key="any",
+            api_version="2024-10-21",
+        )
+        async with client:
+            await client.chat.completions.create(model="mine", messages=[])
+    assert called == ["/azure-classic/openai/deployments/mine/chat/completions"]
+    # What stands for the prefix.
+    assert base_url == "https://my-resource.openai.azure.com"
+
+
+def application(answer: Callable[[web.Request], Awaitable[web.Response]]) -> web.Application:
+    """A server that answers every request so."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
 
 
 def test_every_signing_scheme_has_a_block_among_the_providers() -> None:

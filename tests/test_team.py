@@ -9,7 +9,7 @@ from multidict import CIMultiDict
 
 from sidecar.call import Call, Target
 from sidecar.reply import Reply
-from sidecar.team import Callers, Models, Patterns, Policy, Team, is_pattern
+from sidecar.team import Callers, Models, Patterns, Policy, Team, is_pattern, offered_keys
 from tests.support.harness import FakeUpstream
 
 A, B = (Target(FakeUpstream(name)) for name in "ab")
@@ -149,3 +149,26 @@ def test_digest_of_a_key_is_no_key(callers: Callers) -> None:
 def test_fixed_team_is_everybodys_whatever_the_key(headers: dict[str, str]) -> None:
     callers = Callers({}, fixed=SEARCH, unknown=UNKNOWN)
     assert callers.identify(CIMultiDict(headers)) is SEARCH
+
+
+@pytest.mark.parametrize(
+    ("value", "keys"),
+    [
+        ("sk-a", {"sk-a"}),
+        (" Bearer  sk-a ", {"Bearer  sk-a", "sk-a"}),
+        ("Bearer\tsk-a", {"Bearer\tsk-a", "sk-a"}),
+        ("Bearer correct horse battery", {"Bearer correct horse battery", "correct horse battery"}),
+        (
+            "Basic dXNlcjpzay1hOmI=",
+            {"Basic dXNlcjpzay1hOmI=", "dXNlcjpzay1hOmI=", "user", "sk-a:b"},
+        ),
+        ("", {""}),
+        ("   ", {""}),
+    ],
+)
+def test_every_key_that_a_header_may_mean_is_found(value: str, keys: set[str]) -> None:
+    assert set(offered_keys(value)) == keys
+
+
+def test_long_header_offers_few_keys() -> None:
+    assert len(offered_keys("a " * 10_000)) <= 4

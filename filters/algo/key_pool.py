@@ -24,11 +24,12 @@ class AllResting(Exception):
 class KeyState:
     """What the provider thinks of one key. Times are of one monotonic clock, in seconds."""
 
-    __slots__ = ("aside_until", "rests_until")
+    __slots__ = ("aside_until", "refused_at", "rests_until")
 
     def __init__(self) -> None:
         self.rests_until = 0.0
         self.aside_until = 0.0  # 0: in use
+        self.refused_at = 0.0
 
     @property
     def is_aside(self) -> bool:
@@ -70,25 +71,29 @@ class KeyPool:
             raise AllResting(min(waits))
         return min(range(count), key=lambda index: states[index].aside_until)
 
-    def accepted(self, index: int) -> bool:
-        """The provider took the key; whether it had been set aside."""
+    def accepted(self, index: int, chosen_at: float) -> bool:
+        """The provider took the key in an attempt for which it was chosen then; whether that brings
+        it back. It does not when the key was refused since."""
         state = self._states[index]
-        was_aside = state.is_aside
+        if not state.is_aside or chosen_at < state.refused_at:
+            return False
         state.aside_until = 0.0
-        return was_aside
+        return True
 
     def refused(self, index: int, now: float) -> bool:
         """401 or 403; whether the key was in use until now."""
         state = self._states[index]
         was_aside = state.is_aside
         state.aside_until = now + self._set_aside_s
+        state.refused_at = now
         return not was_aside
 
-    def limited(self, index: int, now: float, rest_s: float) -> None:
-        """429: the key rests for so long, or as long as it does already."""
+    def limited(self, index: int, now: float, rest_s: float) -> bool:
+        """429: the key rests for so long, or as long as it does already; whether it was ready."""
         state = self._states[index]
+        was_ready = state.rests_until <= now
         state.rests_until = max(state.rests_until, now + rest_s)
-        state.aside_until = 0.0
+        return was_ready
 
     def __repr__(self) -> str:
         return f"<KeyPool {list(self._states)}>"

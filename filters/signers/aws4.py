@@ -122,7 +122,8 @@ def _canonical_query(query: str) -> str:
 
 def _canonical_headers(request: Request, mine: dict[str, str]) -> tuple[str, str]:
     """The names joined by `;`, and the lines `name:values`: the request's headers with `mine`."""
-    found = {"host": [request.host.removesuffix(":443").removesuffix(":80")]}
+    default_port = ":443" if request.url_scheme == "https" else ":80"
+    found = {"host": [request.host.removesuffix(default_port)]}
     for name, value in request.headers:
         if name not in NEVER_SIGNED:
             found.setdefault(name, []).append(_trimmed(value))

@@ -7,19 +7,19 @@ only place the documentation has for them.
 
 from __future__ import annotations
 
+from filters.signers.bce_auth_v1 import qianfan_status
 from filters.signers.exchange import LONGEST_LIFE_S, TokenUrl, read_token
+from filters.signers.scheme import Credentials as BaseCredentials
 from filters.signers.scheme import (
-    CannotSign,
     Exchange,
     Request,
     Scheme,
     Signed,
-    Token,
     TokenRequest,
     with_parameters,
 )
-from filters.signers.scheme import Credentials as BaseCredentials
 from filters.signers.scheme import Options as BaseOptions
+from filters.stores.tokens import NoToken, Token
 from sidecar.api import Secret
 
 RENEW_BEFORE_S = 3600.0
@@ -72,7 +72,7 @@ def token_of(status: int, body: bytes, now: float) -> Token:
     token, fields = read_token("access_token", status, body, ERRORS)
     life_s = fields.get("expires_in")
     if isinstance(life_s, bool) or not isinstance(life_s, int | float) or life_s <= 0:
-        raise CannotSign("a token came whose expires_in is no number of seconds")
+        raise NoToken("a token came whose expires_in is no number of seconds")
     life_s = min(life_s, LONGEST_LIFE_S)
     expires_at = now + life_s
     return Token(token, expires_at - min(RENEW_BEFORE_S, life_s / 10), expires_at)
@@ -86,5 +86,6 @@ SCHEME = Scheme(
     sign=sign,
     Credentials=Credentials,
     Options=Options,
+    status_within_200=qianfan_status,
     exchange=Exchange(request=request_token, read=token_of, refused=TOKEN_IS_REFUSED),
 )

@@ -7,8 +7,9 @@ part of what is signed.
 from __future__ import annotations
 
 import hmac
+import re
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
@@ -30,6 +31,13 @@ PREFIX = "x-bce-"
 """Headers that are signed whether or not they are listed."""
 DEFAULT_SET = frozenset({"host", "content-length", "content-type", "content-md5"})
 """What an empty list in `Authorization` stands for, together with every `x-bce-*`."""
+
+ALL = frozenset({"host", "content-type"})
+"""The same that are signed, and listed, unless something else is said."""
+
+_ERROR_CODE = re.compile(rb'"error_code"\s*:\s*([0-9]{1,9})').search
+_STATUS_OF = {4: 429, 14: 401, 18: 429, 336501: 429, 336502: 429}
+"""Cluster, QPS, RPM and TPM limits; an access key that IAM does not know."""
 
 WHITE_SPACE = " \t\n\r\v\f"
 """Of ASCII alone: `str.strip` takes a no-break space for white space too, other signers do not."""
@@ -57,15 +65,22 @@ class Options(BaseOptions):
     """From the time of signing: a clock of ours that is late by more makes requests that have
     expired when they arrive."""
     signed_headers: (
-        list[Annotated[str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]] | None
-    ) = ["content-type", "host", "x-bce-date"]
-    """As far as the request has them; `host` and every `x-bce-*` always. Without a list: the
-    provider's default set, which has `content-length` and `content-md5` too."""
+        Literal["all"]
+        | list[Annotated[str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]]
+        | None
+    ) = "all"
+    """`all`: `content-type`, as far as there is one, `host` and every `x-bce-*`. A list: those, and
+    every request should have them. null: the provider's default set, which has `content-length`
+    and `content-md5` too, and is not written out."""
 
     @field_validator("signed_headers")
     @classmethod
-    def _are_lower_case(cls, names: list[str] | None) -> list[str] | None:
-        return None if names is None else [name.lower() for name in names]
+    def _are_lower_case(cls, names: str | list[str] | None) -> str | list[str] | None:
+        if not isinstance(names, list):
+            return names
+        if not names:
+            raise ValueError("name at least `host`, or write null for the provider's default set")
+        return sorted({name.lower() for name in names})
 
 
 def sign(
@@ -104,21 +119,25 @@ def _hmac(key: str, text: str) -> str:
 
 
 def _canonical_headers(
-    request: Request, mine: dict[str, str], listed: list[str] | None
+    request: Request, mine: dict[str, str], listed: str | list[str] | None
 ) -> tuple[str, str]:
     """The names for `Authorization`, and the lines `name:value`: of the request's headers those to
-    be signed, with `mine`. A header with an empty value does not count."""
-    wanted = DEFAULT_SET if listed is None else listed
-    found = {"host": [request.host]}
+    be signed, with `mine`. A header with an empty value does not count. Every `x-bce-*` is signed,
+    listed or not, as the provider's SDK does it."""
+    wanted = listed if isinstance(listed, list) else DEFAULT_SET if listed is None else ALL
+    found = {"host": [request.host]} if "host" in wanted else {}
     for name, value in request.headers:
         if name in wanted or name.startswith(PREFIX):
             found.setdefault(name, []).append(value.strip(WHITE_SPACE))
     for name, value in mine.items():
         found[name] = [value.strip(WHITE_SPACE)]
     values = {name: value for name in found if (value := ",".join(found[name]))}
-    names = "" if listed is None else ";".join(sorted(values))
     # By the whole line, as the provider has it: `x-bce-a-b:` comes before `x-bce-a:`.
     lines = sorted([f"{encode(name)}:{encode(value)}" for name, value in values.items()])
+    if isinstance(listed, list):
+        names = ";".join(listed)
+    else:
+        names = "" if listed is None else ";".join(sorted(values))
     return names, "\n".join(lines)
 
 
@@ -144,6 +163,12 @@ def _without_authorization(query: str) -> str:
     )
 
 
+def qianfan_status(answer: bytes) -> int | None:
+    """What the error of a Qianfan v1 answer, which is a 200, would be elsewhere."""
+    found = _ERROR_CODE(answer)
+    return _STATUS_OF.get(int(found[1])) if found is not None else None
+
+
 SCHEME = Scheme(
     sign=sign,
     Credentials=Credentials,
@@ -153,4 +178,5 @@ SCHEME = Scheme(
         {"authorization", "x-bce-content-sha256", "x-bce-date", "x-bce-security-token"}
     ),
     expired=(b"RequestExpired",),
+    status_within_200=qianfan_status,
 )

@@ -14,15 +14,14 @@ from filters.signers import bce_auth_v1
 from filters.signers.bce_auth_v1 import Credentials
 from filters.signers.exchange import LONGEST_LIFE_S, TokenUrl, read_token, unix_seconds
 from filters.signers.scheme import (
-    CannotSign,
     Exchange,
     Request,
     Scheme,
     Signed,
-    Token,
     TokenRequest,
 )
 from filters.signers.scheme import Options as BaseOptions
+from filters.stores.tokens import NoToken, Token
 
 ERRORS = frozenset(
     {
@@ -60,14 +59,14 @@ def request_token(credentials: Credentials, options: Options, now: float) -> Tok
 def token_of(status: int, body: bytes, now: float) -> Token:
     token, fields = read_token("token", status, body, ERRORS)
     if fields.get("status") == "disable":
-        raise CannotSign("the token that came is disabled")
+        raise NoToken("the token that came is disabled")
     created, end = unix_seconds(fields.get("createTime")), unix_seconds(fields.get("expireTime"))
     if end is None:
-        raise CannotSign("a token came without a time in expireTime")
+        raise NoToken("a token came without a time in expireTime")
     # The provider's own two times do not depend on our clock; ours knows a token that is not new.
     life_s = min(end - now, LONGEST_LIFE_S if created is None else end - created, LONGEST_LIFE_S)
     if life_s <= 0:
-        raise CannotSign("a token came that has expired already")
+        raise NoToken("a token came that has expired already")
     expires_at = now + life_s
     return Token(token, expires_at - life_s / 10, expires_at)
 

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import orjson
 from pydantic import AfterValidator
 
-from filters.signers.scheme import CannotSign
+from filters.stores.tokens import NoToken
+from sidecar.api import is_forbidden, literal
 
 LONGEST_TOKEN = 4096
 """Characters."""
@@ -31,21 +32,32 @@ def is_visible(text: str) -> bool:
 
 
 def _plain_url(url: str) -> str:
-    parts = urlsplit(url)
-    # `port` raises ValueError when it is none.
+    how_to = "write https://host/path, without user, query and fragment"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:  # brackets around what is no address; a port that is none
+        raise ValueError(how_to) from None
     if (
         not is_visible(url)
         or any(each in url for each in "?#@\\")
         or parts.scheme not in ("https", "http")
-        or not parts.hostname
-        or parts.port == 0
+        or not host
+        or port == 0
     ):
-        raise ValueError("write https://host/path, without user, query and fragment")
+        raise ValueError(how_to)
+    address = literal(host)
+    if address is not None and is_forbidden(address):
+        raise ValueError(
+            f"{address} is link-local or a cloud's metadata service, and no credentials go there: "
+            "choose another"
+        )
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path or '/'}"
 
 
 TokenUrl = Annotated[str, AfterValidator(_plain_url)]
-"""Where a token is fetched. `http://` is for networks that nobody else listens on."""
+"""Where a token is fetched. `http://` is for networks that nobody else listens on. A host that is
+an address is judged here, one that is a name when it is looked up."""
 
 
 def read_token(
@@ -53,7 +65,7 @@ def read_token(
 ) -> tuple[str, dict[str, Any]]:
     """The token called `name` in an answer, and all fields of it.
 
-    A token is visible ASCII (RFC 6749, appendix A.12). Raises `CannotSign`, which tells those of
+    A token is visible ASCII (RFC 6749, appendix A.12). Raises `NoToken`, which tells those of
     the answer's texts that stand in `errors`.
     """
     try:
@@ -61,13 +73,13 @@ def read_token(
     except orjson.JSONDecodeError:
         fields = None
     if not isinstance(fields, dict):
-        raise CannotSign(f"instead of a token came status {status} without a JSON object")
+        raise NoToken(f"instead of a token came status {status} without a JSON object")
     token = fields.get(name)
     if not 200 <= status < 300 or token is None:
         told = [each for each in fields.values() if isinstance(each, str) and each in errors]
-        raise CannotSign(": ".join([f"instead of a token came status {status}", *told]))
+        raise NoToken(": ".join([f"instead of a token came status {status}", *told]))
     if not isinstance(token, str) or len(token) > LONGEST_TOKEN or not is_visible(token):
-        raise CannotSign(f"the {name} that came cannot be sent")
+        raise NoToken(f"the {name} that came cannot be sent")
     return token, fields
 
 

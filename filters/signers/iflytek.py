@@ -12,6 +12,7 @@ from email.utils import formatdate
 from hashlib import sha256
 from math import floor
 from typing import Literal
+from urllib.parse import quote_plus
 
 from pydantic import field_validator
 
@@ -59,7 +60,7 @@ def sign(
         origin = _authorization(credentials, names, string_to_sign)
         authorization = _base64(origin.encode())
         mine = {"authorization": authorization, "host": request.host, "date": date}
-        headers, query = {}, with_parameters(request.query, mine)
+        headers, query = {}, with_parameters(request.query, mine, quote_plus)
     else:
         digest = f"SHA-256={_base64(sha256(request.body or b'').digest())}"
         string_to_sign += f"\ndigest: {digest}"

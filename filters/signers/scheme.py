@@ -12,16 +12,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_plus, unquote_to_bytes
 
+from filters.stores.tokens import Token
 from sidecar.api import FilterConfig
 
 NO_STEPS: Mapping[str, str] = MappingProxyType({})
 
 
 class CannotSign(Exception):
-    """The request lacks what the scheme signs, or a token is not to be had; the message says what.
-
-    It is shown to the caller, so it never holds a credential.
-    """
+    """The request lacks what the scheme signs; the message says what, and never shows a secret."""
 
 
 class Request(NamedTuple):
@@ -38,6 +36,7 @@ class Request(NamedTuple):
     """Names in lower case, in order, repeats kept; without `host` and the scheme's own headers."""
     body: bytes | None
     """None: it streams through unread, which only a scheme that needs no body ever sees."""
+    url_scheme: str = "https"
 
     def header(self, name: str) -> str | None:
         """The values of `name` (lower case), trimmed and joined by `,`; None when there is none."""
@@ -71,18 +70,6 @@ class Options(FilterConfig):
     """Base of what a scheme wants to know beside the secrets."""
 
 
-class Token(NamedTuple):
-    """What credentials were exchanged for. Times are Unix seconds."""
-
-    value: str
-    refresh_at: float
-    """From then on a new one should be fetched; this one is still good."""
-    expires_at: float
-
-    def __repr__(self) -> str:
-        return f"<Token refresh_at={self.refresh_at:.0f} expires_at={self.expires_at:.0f}>"
-
-
 class TokenRequest(NamedTuple):
     """The request that fetches a token. URL, headers and body may hold secrets."""
 
@@ -102,7 +89,8 @@ class Exchange:
     request: Callable[[Any, Any, float], TokenRequest]
     """From credentials, options and the time (Unix seconds)."""
     read: Callable[[int, bytes, float], Token]
-    """From the answer's status and body and the time it came; raises `CannotSign`."""
+    """From the answer's status and body and the time it came (Unix seconds, and so are the token's
+    times); raises `NoToken`."""
     refused: tuple[bytes, ...] = ()
     """Any of these in an answer, whatever its status, says that the token is not good any more."""
     expired: tuple[bytes, ...] = ()
@@ -126,6 +114,9 @@ class Scheme:
     """Any of these in an answer from status 400 up says that the time signed with is off."""
     expired_within_200: tuple[bytes, ...] = ()
     """The same of an answer below 400. With the JSON around it: a model may say the bare word."""
+    status_within_200: Callable[[bytes], int | None] | None = None
+    """For providers whose errors are answers 200: the status that the beginning of a JSON answer
+    stands for (401, 403, 429), or None."""
     exchange: Exchange | None = None
     is_fixed: bool = False
     """The same headers sign every request at any time, and nothing of it is looked at."""
@@ -137,8 +128,8 @@ def encode(text: str) -> str:
 
 
 def encode_path(path: str) -> str:
-    """The same for each segment of a path that is encoded already: one spelling for each path."""
-    return "/".join([quote(unquote_to_bytes(segment), safe="") for segment in path.split("/")])
+    """The same for a path that is encoded already, slashes kept: one spelling for each path."""
+    return quote(unquote_to_bytes(path), safe="/")
 
 
 def parameters(query: str) -> list[tuple[str, str]]:
@@ -161,9 +152,12 @@ def encoded_parameters(query: str) -> list[tuple[str, str]]:
     return [(encode(name), encode(value)) for name, value in parameters(query)]
 
 
-def with_parameters(query: str, mine: Mapping[str, str]) -> str:
-    """`query` with these parameters in place of any of their names; the others keep their bytes."""
+def with_parameters(
+    query: str, mine: Mapping[str, str], write: Callable[[str], str] = encode
+) -> str:
+    """`query` with these parameters in place of any of their names; the others keep their bytes.
+    `write` encodes names and values."""
     others = [
         each for each in query.split("&") if each and _decoded(each.partition("=")[0]) not in mine
     ]
-    return "&".join([*others, *[f"{encode(name)}={encode(value)}" for name, value in mine.items()]])
+    return "&".join([*others, *[f"{write(name)}={write(value)}" for name, value in mine.items()]])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -20,9 +21,25 @@ from pydantic import (
 
 from filters.signers import SCHEMES, find
 from filters.signers.scheme import Credentials, Scheme
-from sidecar.api import FilterConfig, Secret
+from sidecar.api import FilterConfig, Secret, literal
 
 SET_ASIDE_S = 600.0
+
+NICKNAMES = {"sigv4": "AWS4-HMAC-SHA256"}
+"""What others call a scheme and is no part of its name."""
+
+
+def _is_no_nickname(name: Any) -> Any:
+    for nickname, meant in NICKNAMES.items():
+        if isinstance(name, str) and nickname in name.lower():
+            raise ValueError(f'is called "{meant}" here')
+    return name
+
+
+if TYPE_CHECKING:
+    SchemeName = str
+else:
+    SchemeName = Annotated[Literal[tuple(SCHEMES)], BeforeValidator(_is_no_nickname)]
 
 
 class SignSettings(FilterConfig):
@@ -34,14 +51,22 @@ class SignSettings(FilterConfig):
     model_config = ConfigDict(extra="allow")  # until the scheme is known: its own bases forbid
     excludes: ClassVar[frozenset[str]] = frozenset({"pass_client_key"})
 
-    scheme: Literal[tuple(SCHEMES)]  # type: ignore[valid-type]
+    scheme: SchemeName
     """How; it decides which other settings there are."""
 
     @classmethod
     def variant(cls, values: Any) -> type[Self]:
-        if not isinstance(values, dict) or values.get("scheme") not in SCHEMES:
+        name = values.get("scheme") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in SCHEMES:
             return cls
-        return cast(type[Self], settings_of(values["scheme"], "pool" in values))
+        return cast(type[Self], settings_of(name, "pool" in values))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_what_belongs_together(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "set_aside_s" in values and "pool" not in values:
+            raise ValueError("`set_aside_s` goes with `pool` alone: remove it")
+        return values
 
     @property
     def keys(self) -> Sequence[Credentials]:
@@ -55,10 +80,12 @@ class SignSettings(FilterConfig):
                 "signs the body: one that streams (an upload) is held first, up to "
                 "http.max_body_bytes"
             )
-        parts = urlsplit(base_url)
-        host = parts.hostname or ""
-        if parts.scheme == "http" and not (host == "localhost" or host.startswith("127.")):
+        if _is_readable(base_url):
             notes.append("goes over plain http: whoever is on the way can read it")
+        if _is_readable(getattr(self, "token_url", "")):
+            notes.append(
+                "fetches its token over plain http: whoever is on the way can read that, too"
+            )
         return notes
 
 
@@ -90,6 +117,15 @@ class PoolSettings(SignSettings):
     @property
     def keys(self) -> Sequence[Credentials]:
         return tuple(self.pool)
+
+
+def _is_readable(url: str) -> bool:
+    """Whether others than this machine may see what is sent there."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname in (None, "localhost"):
+        return False
+    address = literal(parts.hostname)
+    return address is None or not ip_address(address).is_loopback
 
 
 @cache

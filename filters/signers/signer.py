@@ -1,23 +1,27 @@
-"""Signs the attempts at one upstream, and learns from how they are answered."""
+"""Signs the attempts at one upstream: chooses the key, brings its token, changes the head."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-import zlib
+from collections.abc import Iterable
 from math import inf
 from typing import Any
+from urllib.parse import unquote_plus
 
-from filters.algo.http_time import retry_after_s, unix_time
 from filters.algo.key_pool import AllResting, KeyPool, KeyState
 from filters.signers import find
-from filters.signers.scheme import CannotSign, Credentials, Request, Signed, Token
+from filters.signers.answers import DEFAULT_REST_S, Answers, ClockOffset, Sent
+from filters.signers.scheme import CannotSign, Credentials, Exchange, Request, Signed
 from filters.signers.settings import SET_ASIDE_S, PoolSettings, SignSettings, digest, reference
-from filters.stores.tokens import TokenFailed, TokenStore
+from filters.stores.tokens import NoToken, Token, TokenStore
 from sidecar.api import (
     Attempt,
     AttemptNext,
     End,
+    FetchFailed,
     Kit,
+    Outcome,
     Phase,
     Rejected,
     Reply,
@@ -26,44 +30,29 @@ from sidecar.api import (
     field,
 )
 
-DEFAULT_REST_S = 5.0
-LONGEST_REST_S = 24 * 3600.0
-"""A key that was told 429 rests for so long without a `Retry-After`, and at most."""
-
-SAME_TIME_S = 2.0
-"""A `Date` has whole seconds, and has travelled: nearer than that, it is not the clock."""
-
-LOOKED_AT_BYTES = 4096
-"""Of an answer, to find the code that says why it was refused."""
+REDIRECTS = frozenset({300, 301, 302, 303, 307, 308})
 
 
 class SignerKey:
     """One credential of an upstream and what was made of it."""
 
-    __slots__ = ("credentials", "fields", "good_until", "name", "tokens")
+    __slots__ = ("credentials", "fields", "good_until", "offset_s", "signed_at", "tokens")
 
-    def __init__(self, credentials: Credentials, name: str, tokens: TokenStore | None) -> None:
+    def __init__(self, credentials: Credentials, tokens: TokenStore | None) -> None:
         self.credentials = credentials
-        self.name = name
         self.tokens = tokens
+        # These sign any request until then, on the monotonic clock, while the offset is this one.
         self.fields: dict[bytes, bytes] = {}
-        self.good_until = 0.0  # `fields` sign any request until then
-
-
-class ClockOffset:
-    """How far the provider's clock is ahead of ours, as far as we know."""
-
-    __slots__ = ("seconds",)
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
+        self.good_until = 0.0
+        self.offset_s = 0.0
+        self.signed_at = 0.0
 
 
 class UpstreamSigner:
     """Signs the attempts at one upstream."""
 
     def __init__(self, upstream: str, settings: SignSettings, kit: Kit) -> None:
-        self.url_scheme, self.host = kit.origins[upstream]
+        self.url_scheme, self.host = origin = kit.origins[upstream]
         self._upstream = upstream
         self._settings = settings
         self._kit = kit
@@ -71,128 +60,160 @@ class UpstreamSigner:
         self._scheme = scheme = find(settings.scheme)
         self._own_headers = frozenset(name.encode() for name in scheme.own_headers)
         self._needs_body = scheme.needs_body(settings)
-        refused = scheme.exchange.refused if scheme.exchange else ()
-        self._marks = scheme.expired + refused
-        self._marks_within_200 = scheme.expired_within_200 + refused
-        self._clock_marks = frozenset(scheme.expired + scheme.expired_within_200)
-        metrics, resources = kit.metrics, kit.resources
-        self._refusals = metrics.counter(
-            "llm_sidecar_key_refusals",
-            "Answers that blamed the upstream's key.",
-            ("upstream", "key", "status"),
-        )
-        self._fetches = metrics.counter(
+        self._fetches = kit.metrics.counter(
             "llm_sidecar_token_fetches",
             "Exchanges of credentials for a token.",
             ("upstream", "result"),
         )
-        self._corrections = metrics.counter(
-            "llm_sidecar_clock_corrections",
-            "How often an upstream said that our clock is off.",
-            ("upstream",),
-        ).child(upstream)
-        self._offset = resources.get(("sign", upstream, "offset"), ClockOffset)
-        self._keys = [
-            SignerKey(each, str(number), self._tokens(each))
-            for number, each in enumerate(settings.keys, start=1)
-        ]
+        # What is known of keys and clock is of this origin: another one knows other keys.
+        place = ("sign", upstream, origin, settings.scheme)
+        get = kit.resources.get
+        self._offset = get((*place, "offset"), ClockOffset)
         digests = tuple(digest(each) for each in settings.keys)
-        states = [
-            resources.get(("sign", upstream, "key", settings.scheme, each), KeyState)
-            for each in digests
-        ]
+        self._states = states = [get((*place, "key", each), KeyState) for each in digests]
         set_aside_s = SET_ASIDE_S
         if isinstance(settings, PoolSettings):
             set_aside_s = settings.set_aside_s
-        self._pool = resources.get(
-            ("sign", upstream, "pool", settings.scheme, set_aside_s, digests),
+        self._pool = get(
+            (*place, "pool", set_aside_s, digests),
             lambda: KeyPool(states, set_aside_s=set_aside_s),
         )
+        options = tuple(repr(getattr(settings, name)) for name in scheme.Options.model_fields)
+        self._keys = [
+            SignerKey(
+                credentials,
+                get((*place, "token", each, options), lambda: TokenStore(kit.clock))
+                if scheme.exchange is not None
+                else None,
+            )
+            for credentials, each in zip(settings.keys, digests, strict=True)
+        ]
+        references = [reference(each) for each in settings.keys]
+        self._answers = Answers(upstream, scheme, self._pool, references, self._offset, kit)
         self.always: dict[bytes, bytes] | None = None
         """Fields that sign every attempt; None: each has to be looked at."""
         if scheme.is_fixed:
             for key in self._keys:
-                self._sign(key, Request("GET", self.host, "/", "", (), b""))
-                key.good_until = inf
+                self._sign(key, Request("GET", self.host, "/", "", (), b""), None)
+                key.good_until, key.offset_s = inf, self._offset.seconds
             if len(self._keys) == 1:
                 self.always = self._keys[0].fields
 
-    def _tokens(self, credentials: Credentials) -> TokenStore | None:
-        exchange, settings, kit = self._scheme.exchange, self._settings, self._kit
-        if exchange is None:
-            return None
-
-        async def fetch() -> Token:
-            request = exchange.request(credentials, settings, self._now())
-            answer = await kit.fetch(
-                self._upstream, request.method, request.url, request.headers, request.body
-            )
-            if any(mark in answer.body for mark in exchange.expired):
-                self._learn_offset(answer.date)  # for the next try, which comes soon
-            return exchange.read(answer.status, answer.body, kit.clock.wall())
-
-        # A settings' text shows every option, and no secret.
-        key = ("sign", self._upstream, "token", digest(credentials), repr(settings))
-        store = kit.resources.get(key, lambda: TokenStore(kit.clock))
-        store.fetch_by(fetch, self._fetched)
-        return store
-
-    def _fetched(self, failure: str | None) -> None:
-        self._fetches.child(self._upstream, "ok" if failure is None else "failed").inc()
-        if failure is not None:
-            self._kit.log.warning(
-                "token_fetch_failed", extra={"upstream": self._upstream, "reason": failure}
-            )
-
-    def _now(self) -> float:
-        return self._clock.wall() + self._offset.seconds
-
-    # One attempt
+    def ended(self, end: End) -> None:
+        """A debt of attempts that `always` signs."""
+        if end.status == 200 and not self._states[0].is_aside:
+            return  # nearly every call
+        if end.outcome is Outcome.COMPLETED or end.outcome is Outcome.DISCARDED:
+            self._answers.judge(0, end.status, rest_s=DEFAULT_REST_S, chosen_at=inf)
 
     async def run(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
         """Sign the attempt, pass it on, and learn from how the answer begins."""
         if self._needs_body and attempt.upload is not None:
             await attempt.hold_body()
-        index = self._choose()
+        index, token = await self._choose(attempt)
         key = self._keys[index]
-        token = await self._token(key) if key.tokens is not None else None
-        is_in_url = self._put(attempt, key, token)
+        chosen_at = self._clock.monotonic()
+        in_url = self._put(attempt, key, token)
+        sent = Sent(index, chosen_at, key.signed_at, key.tokens, token)
         reply = await call_next(attempt)
-        self._learn(index, key, token, reply)
-        if is_in_url and 300 <= reply.status < 400:
-            reply.discard()  # its Location, and its text, may hold the key
-            message = "the upstream redirects, which is not followed when the key is in the URL"
-            raise UpstreamError(Phase.HEAD, Retry.ELSEWHERE, "upstream_redirects", message)
+        try:
+            await self._answers.read(sent, reply)
+        except asyncio.CancelledError:
+            reply.discard()
+            raise
+        if in_url:
+            if reply.status in REDIRECTS:
+                reply.discard()  # its Location, and its text, would show the key
+                message = "the upstream redirects, which no call follows whose key is in the URL"
+                raise UpstreamError(Phase.HEAD, Retry.ELSEWHERE, "upstream_redirects", message)
+            _take_off(in_url, reply)
         return reply
 
-    def _choose(self) -> int:
-        try:
-            return self._pool.choose(self._clock.monotonic())
-        except AllResting as resting:
-            raise UpstreamError(
-                Phase.SIGN,
-                Retry.ELSEWHERE,
-                "upstream_keys_resting",
-                "the upstream asked every key of ours to wait",
-                status=429,
-                retry_after_s=resting.wait_s,
-            ) from None
+    # Keys and tokens
 
-    async def _token(self, key: SignerKey) -> Token:
-        assert key.tokens is not None
-        try:
-            return key.tokens.current() or await key.tokens.get()
-        except TokenFailed as error:
-            message = "the upstream's credentials could not be exchanged for a token"
-            raise UpstreamError(
-                Phase.SIGN, Retry.ELSEWHERE, "upstream_token_failed", message
-            ) from error
+    async def _choose(self, attempt: Attempt) -> tuple[int, Token | None]:
+        """The key for this attempt and, where keys are exchanged for one, its token."""
+        exchange = self._scheme.exchange
+        failure: Exception | None = None
+        for _ in self._keys:
+            try:
+                index = self._pool.choose(self._clock.monotonic())
+            except AllResting as resting:
+                if failure is None:
+                    message = "the upstream asked every key of ours to wait"
+                    raise UpstreamError(
+                        *(Phase.SIGN, Retry.ELSEWHERE, "upstream_keys_resting", message),
+                        status=429,
+                        retry_after_s=resting.wait_s,
+                    ) from None
+                break
+            tokens = self._keys[index].tokens
+            if exchange is None or tokens is None:
+                return index, None
+            try:
+                return index, await self._token(index, tokens, exchange, attempt)
+            except (NoToken, TimeoutError) as error:
+                failure = error  # its neighbours may have one
+        late = isinstance(failure, TimeoutError)
+        message = "there is no token for the upstream's credentials"
+        raise UpstreamError(
+            *(Phase.SIGN, Retry.ELSEWHERE, "upstream_token_failed", message),
+            status=504 if late else 502,
+        ) from failure
 
-    def _put(self, attempt: Attempt, key: SignerKey, token: Token | None) -> bool:
-        """Sign the attempt; whether its URL holds a part of that."""
-        if token is None and self._now() < key.good_until:
+    async def _token(
+        self, index: int, tokens: TokenStore, exchange: Exchange, attempt: Attempt
+    ) -> Token:
+        def fetch() -> Any:
+            return self._fetch(index, exchange)
+
+        token = tokens.current(fetch)
+        if token is None:
+            async with asyncio.timeout(attempt.timeouts.total_s):
+                token = await tokens.get(fetch)
+        return token
+
+    async def _fetch(self, index: int, exchange: Exchange) -> Token:
+        """A token, its times on the monotonic clock. Raises `NoToken`."""
+        kit, signed_at = self._kit, self._now()
+        try:
+            request = exchange.request(self._keys[index].credentials, self._settings, signed_at)
+            answer = await kit.fetch(
+                self._upstream, request.method, request.url, request.headers, request.body
+            )
+            if any(mark in answer.body for mark in exchange.expired):
+                self._answers.learn_offset(answer.date, signed_at)  # for the next try
+            now = self._now()
+            token = exchange.read(answer.status, answer.body, now)
+        except (NoToken, FetchFailed) as error:
+            self._fetch_failed(index, str(error))
+            raise NoToken(str(error)) from None
+        except Exception as error:  # whoever waits for a token must not wait for ever
+            kit.log.exception("token_fetch_broke", extra={"upstream": self._upstream})
+            self._fetch_failed(index, f"a mistake of ours: {type(error).__name__}")
+            raise NoToken("a mistake of ours: the log has token_fetch_broke") from None
+        self._fetches.child(self._upstream, "ok").inc()
+        ahead = self._clock.monotonic() - now
+        return Token(token.value, token.refresh_at + ahead, token.expires_at + ahead)
+
+    def _fetch_failed(self, index: int, reason: str) -> None:
+        self._fetches.child(self._upstream, "failed").inc()
+        key = reference(self._keys[index].credentials)
+        about = {"upstream": self._upstream, "key": key, "number": index + 1, "reason": reason}
+        self._kit.log.warning("token_fetch_failed", extra=about)
+
+    def _now(self) -> float:
+        """The provider's time, in Unix seconds, as far as we know."""
+        return self._clock.wall() + self._offset.seconds
+
+    # The request
+
+    def _put(self, attempt: Attempt, key: SignerKey, token: Token | None) -> list[str]:
+        """Sign the attempt; the parameters of its URL that came with that."""
+        is_kept = self._clock.monotonic() < key.good_until and token is None
+        if is_kept and key.offset_s == self._offset.seconds:
             attempt.headers.put(key.fields)
-            return False
+            return []
         path, _, query = attempt.path.partition("?")
         request = Request(
             attempt.method,
@@ -201,16 +222,23 @@ class UpstreamSigner:
             query,
             self._headers(attempt),
             attempt.body if attempt.upload is None else None,
+            self.url_scheme,
         )
         signed = self._sign(key, request, token)
         attempt.headers.put(key.fields)
         if signed.query is None:
-            return False
+            return []
         attempt.path = f"{path}?{signed.query}" if signed.query else path
-        return True
+        before = set(query.split("&"))
+        return [each for each in signed.query.split("&") if each and each not in before]
 
     def _headers(self, attempt: Attempt) -> tuple[tuple[str, str], ...]:
         """The fields of the wire, but for the scheme's own, which are taken off."""
+        if self._answers.are_read:
+            # A refusal has to be read, and of what clients accept we can read this.
+            accepted = attempt.headers.get("accept-encoding") or "identity"
+            if accepted != "identity":
+                attempt.headers["accept-encoding"] = "gzip" if "gzip" in accepted else "identity"
         own = self._own_headers
         fields = []
         stale = set()
@@ -225,11 +253,12 @@ class UpstreamSigner:
             fields.append(("content-length", str(length)))
         return tuple(fields)
 
-    def _sign(self, key: SignerKey, request: Request, token: Token | None = None) -> Signed:
+    def _sign(self, key: SignerKey, request: Request, token: Token | None) -> Signed:
         credentials: Any = key.credentials if token is None else token
+        now = self._now()
         try:
             signed = self._scheme.sign(
-                request, credentials, self._settings, self._now(), os.urandom(16).hex()
+                request, credentials, self._settings, now, os.urandom(16).hex()
             )
         except CannotSign as error:
             raise Rejected(400, "cannot_sign", str(error)) from None
@@ -237,75 +266,16 @@ class UpstreamSigner:
         key.fields = dict(
             field(name, value) for name, value in signed.headers.items() if name != "Host"
         )
-        key.good_until = signed.good_until
+        key.signed_at, key.offset_s = now, self._offset.seconds
+        key.good_until = 0.0
+        if signed.good_until:
+            key.good_until = self._clock.monotonic() + signed.good_until - now
         return signed
 
-    # What answers tell
 
-    def ended(self, end: End) -> None:
-        """A debt of attempts that `always` signs."""
-        if status := end.status:
-            self._judge(0, self._keys[0], status, DEFAULT_REST_S)
-
-    def _learn(self, index: int, key: SignerKey, token: Token | None, reply: Reply) -> None:
-        status = reply.status
-        marks = self._marks if status >= 400 else self._marks_within_200
-        if marks and (status >= 400 or reply.body.media_type == "application/json"):
-            found = _marks_in(reply, marks)
-            is_clock = not found.isdisjoint(self._clock_marks)
-            if is_clock and self._learn_offset(reply.headers.get("date")):
-                return
-            if found and not is_clock and token is not None and key.tokens is not None:
-                key.tokens.refused(token)
-                return
-        if (status == 401 or status == 403) and token is not None and key.tokens is not None:
-            is_new = key.tokens.refused(token)
-            if not is_new:
-                return  # it was good once: a new one is fetched, and the key is not to blame
-        rest_s = retry_after_s(reply.headers, self._clock.wall()) if status == 429 else None
-        self._judge(index, key, status, DEFAULT_REST_S if rest_s is None else rest_s)
-
-    def _judge(self, index: int, key: SignerKey, status: int, rest_s: float) -> None:
-        """What an answer of `status` says of the key; `rest_s` is for 429."""
-        if status == 401 or status == 403:
-            self._refusals.child(self._upstream, key.name, str(status)).inc()
-            if self._pool.refused(index, self._clock.monotonic()):
-                self._tell("key_refused", key, status=status)
-        elif status == 429:
-            self._refusals.child(self._upstream, key.name, "429").inc()
-            rest_s = min(rest_s, LONGEST_REST_S)
-            self._pool.limited(index, self._clock.monotonic(), rest_s)
-        elif status < 500 and self._pool.accepted(index):
-            self._tell("key_accepted_again", key)
-
-    def _tell(self, event: str, key: SignerKey, **more: Any) -> None:
-        extra = {"upstream": self._upstream, "key": reference(key.credentials), **more}
-        self._kit.log.warning(event, extra=extra)
-
-    def _learn_offset(self, date: str | None) -> bool:
-        """The provider says that our time is off: take its own from now on, if it is another."""
-        theirs = unix_time(date)
-        if theirs is None or abs(theirs - self._now()) < SAME_TIME_S:
-            return False
-        self._offset.seconds = offset_s = theirs - self._clock.wall()
-        for key in self._keys:
-            key.good_until = 0.0  # no scheme that is fixed looks at the time
-        self._corrections.inc()
-        self._kit.log.warning(
-            "clock_offset_learned", extra={"upstream": self._upstream, "offset_s": round(offset_s)}
-        )
-        return True
-
-
-def _marks_in(reply: Reply, marks: tuple[bytes, ...]) -> set[bytes]:
-    """Which of `marks` stand in the first bytes of the answer's body, or in its headers."""
-    text = reply.body.peek()[:LOOKED_AT_BYTES]
-    if reply.body.encoding in ("gzip", "x-gzip", "deflate"):
-        try:
-            inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-            text = inflate.decompress(text, LOOKED_AT_BYTES)
-        except zlib.error:
-            pass
-    if reply.status >= 400:
-        text = b"\n".join([text, *[value for _, value in reply.headers.raw()]])
-    return {mark for mark in marks if mark in text}
+def _take_off(parameters: Iterable[str], reply: Reply) -> None:
+    """Remove headers that repeat what we put into the URL, as `Location` of a 201 does."""
+    shown = [each for pair in parameters for each in {pair, unquote_plus(pair)}]
+    for name, value in reply.headers.items():
+        if any(each in value or each in unquote_plus(value) for each in shown):
+            del reply.headers[name]

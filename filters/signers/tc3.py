@@ -28,6 +28,8 @@ CLOCK_IS_OFF = (
 )
 """By more than 5 min; it comes in an answer 200."""
 
+_ERROR = re.compile(rb'"Error"\s*:\s*\{[^{}]*?"Code"\s*:\s*"([A-Za-z0-9.]+)"').search
+
 _SERVICE = re.compile(r"([a-z][a-z0-9-]*)\.[a-z]", re.IGNORECASE).match
 
 
@@ -171,6 +173,15 @@ def _canonical_headers(names: list[str], request: Request, mine: dict[str, str])
     return "\n".join(lines)
 
 
+def status_of(answer: bytes) -> int | None:
+    """What the error of an answer 200 would be elsewhere: 401 for the key's, 429 for limits."""
+    found = _ERROR(answer)
+    code = found[1].decode() if found is not None else ""
+    if code.startswith("AuthFailure."):
+        return 401
+    return 429 if "LimitExceeded" in code and "Quota" not in code else None
+
+
 SCHEME = Scheme(
     sign=sign,
     Credentials=Credentials,
@@ -179,4 +190,5 @@ SCHEME = Scheme(
     needs_body=lambda options: not options.unsigned_payload,
     expired=CLOCK_IS_OFF,
     expired_within_200=CLOCK_IS_OFF,
+    status_within_200=status_of,
 )

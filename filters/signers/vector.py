@@ -10,155 +10,294 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
 from datetime import UTC, datetime
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from functools import cache
+from typing import Annotated, Any, cast, get_args
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from filters.signers import SCHEMES, find
-from filters.signers.scheme import CannotSign, Request
+from filters.signers.scheme import CannotSign, Request, Scheme
+from filters.signers.settings import SchemeName, SignSettings
 from sidecar.api import FilterConfig, Secret
 
-COMMENTS = frozenset({"note", "compare"})
-"""Keys that vectors have for people."""
+REFERENCE = re.compile(r"(env|file|exec):").match
+"""A credential that begins otherwise is the secret itself."""
 
-M = TypeVar("M", bound=FilterConfig)
+COMMENTS = frozenset({"note", "compare"})
+ABOUT = frozenset({"id", "description", "origin", "expected", "independently_recomputed"})
+"""Keys that vectors have for people: in credentials and options, and at the top."""
+
+EXCHANGES = {
+    "bce-bearer": "GET of its token_url is signed by the scheme bce-auth-v1",
+    "volcengine-ark": "POST to its token_url is signed by the scheme volcengine-HMAC-SHA256 with "
+    'the service "ark"',
+    "baidu-oauth": "POST to its token_url carries both secrets and is not signed",
+}
+"""For the schemes with an exchange: what can be looked at instead."""
+
+HALF = "it holds half a character (a lone surrogate)"
+
+# The JSON
+
+
+def _wire_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets around what is no address
+        parts = None
+    if not parts or not parts.scheme or not parts.netloc or "@" in parts.netloc or "#" in url:
+        raise ValueError("write scheme://host/path?query, as it goes on the wire")
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        raise ValueError("percent-encode it, as it goes on the wire")
+    return url
+
+
+def _pairs(headers: Any) -> Any:
+    if headers is None:
+        return []
+    is_right = isinstance(headers, list) and all(
+        isinstance(pair, list) and [type(each) for each in pair] == [str, str] for pair in headers
+    )
+    if not is_right:
+        raise ValueError('write a list of ["name", "value"] pairs')
+    return headers
+
+
+def _text_or_null(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise ValueError("write it as text, or null")
+    return value
+
+
+def _whole(text: str) -> str:
+    if any("\ud800" <= each <= "\udfff" for each in text):
+        raise ValueError(HALF)
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+TextOrNull = Annotated[Text | None, BeforeValidator(_text_or_null)]
+
+
+class RequestVector(FilterConfig):
+    """A request exactly as it goes on the wire, but for what signing adds."""
+
+    method: Text
+    url: Annotated[str, AfterValidator(_wire_url)]
+    headers: Annotated[list[list[Text]], BeforeValidator(_pairs)] = []
+    body: TextOrNull = None
+    body_repeat: int = Field(default=1, ge=0)
+    """The body is `body` so many times."""
+
+
+def _unix_seconds(clock: Any) -> Any:
+    """Of `{"unix_ms": …}`, `{"unix": …}` or `{"iso": …}`."""
+    if clock is None:
+        return None
+    try:
+        if "unix_ms" in clock:
+            seconds = clock["unix_ms"] / 1000
+        elif "unix" in clock:
+            seconds = float(clock["unix"])
+        else:
+            moment = datetime.fromisoformat(clock["iso"])
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        datetime.fromtimestamp(seconds, UTC)  # the years that there are
+        return float(seconds)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        pass
+    raise ValueError('write {"unix": seconds} or {"iso": "2024-07-01T08:00:00Z"}')
+
+
+class Vector(FilterConfig):
+    """What to sign, and when."""
+
+    clock: Annotated[float | None, BeforeValidator(_unix_seconds)] = None
+    nonce: TextOrNull = None
+    request: RequestVector
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_an_object(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            raise ValueError("expected a JSON object with scheme, credentials and request")
+        return values
+
+
+class UpstreamVector(Vector):
+    """The same where an upstream's settings say how."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_nothing_of_the_settings(cls, values: Any) -> Any:
+        for name in ("scheme", "credentials", "options"):
+            if isinstance(values, dict) and name in values:
+                raise ValueError(f"`{name}` comes from the configuration: take it out")
+        return values
+
+
+class WholeVector(Vector):
+    """What to sign, when, and how. Of a scheme that is known: a subclass by `_whole_vector`."""
+
+    scheme: SchemeName
+    credentials: Any
+    options: Any = None
+
+
+@cache
+def _whole_vector(name: str) -> type[WholeVector]:
+    scheme = find(name)
+    fields: dict[str, Any] = {
+        "credentials": (scheme.Credentials, ...),
+        "options": (scheme.Options, ...),
+    }
+    return cast(type[WholeVector], create_model("WholeVector", __base__=WholeVector, **fields))
+
+
+def _in_full(values: dict[str, Any], scheme: Scheme) -> dict[str, Any]:
+    """With options, and without what is for people or means the same as no such key: null where it
+    has no meaning of its own, and an empty token. A credential that is no reference is a secret."""
+    full = {"options": {}, **{key: each for key, each in values.items() if each is not None}}
+    for part, model in (("credentials", scheme.Credentials), ("options", scheme.Options)):
+        if isinstance(fields := full.get(part), dict):
+            full[part] = {
+                key: value
+                for key, value in fields.items()
+                if key not in COMMENTS and not (value is None and _is_set(model, key))
+            }
+    if isinstance(fields := full.get("credentials"), dict):
+        full["credentials"] = {
+            key: Secret(value) if isinstance(value, str) and not REFERENCE(value) else value
+            for key, value in fields.items()
+            if value != "" or _is_set(scheme.Credentials, key)
+        }
+    return full
+
+
+def _is_set(model: type[FilterConfig], key: str) -> bool:
+    """Whether `model` knows `key`, and not as something that may be null."""
+    field = model.model_fields.get(key)
+    return field is not None and type(None) not in get_args(field.annotation)
+
+
+# Signing it
 
 
 class BadVector(ValueError):
-    """The JSON does not say what to sign; the message names the place and the fix."""
+    """The JSON does not say what to sign."""
+
+
+class BadFields(BadVector):
+    """`model` has refused `values` with `error`; its text is what pydantic says of each place."""
+
+    def __init__(self, error: ValidationError, model: type[BaseModel], values: Any) -> None:
+        lines = []
+        for each in error.errors(include_url=False, include_input=False):
+            message = each["msg"].removeprefix("Value error, ")
+            message = {"missing": "is missing"}.get(each["type"], message)
+            lines.append(f"{'.'.join(map(str, each['loc']))}: {message}")
+        super().__init__("\n".join(lines))
+        self.error = error
+        self.model = model
+        self.values = values
 
 
 def sign_vector(
-    vector: Any, *, now: float, nonce: str, secret: Callable[[str], str] = lambda text: text
+    values: Any,
+    *,
+    now: float,
+    nonce: str,
+    references: object = None,
+    settings: SignSettings | None = None,
 ) -> dict[str, Any]:
-    """Sign the request that `vector` describes.
+    """Sign the request that `values` describe.
 
-    `now` (Unix seconds) and `nonce` are for a vector without `clock` or `nonce`; `secret` turns a
-    credential as written into its value. The result is `{"headers": {name: value}, "url": str,
+    `now` (Unix seconds) and `nonce` are for a vector without `clock` or `nonce`; `references`
+    resolve the credentials that are written as `env:NAME` or `file:PATH`; with `settings`, the
+    first of their keys signs. The result is `{"headers": {name: value}, "url": str,
     "intermediate": {step: text}}`, where `headers` are those added, or set to another value than
     the request had. Raises `BadVector`, and `CannotSign` when the request lacks what the scheme
     signs.
     """
-    if not isinstance(vector, dict):
-        raise BadVector("expected a JSON object with scheme, credentials and request")
-    name = _text(vector, "scheme", "")
-    if name not in SCHEMES:
-        close = get_close_matches(name, SCHEMES, n=1)
-        hint = f'did you mean "{close[0]}"?' if close else f"known are: {', '.join(SCHEMES)}"
-        raise BadVector(f'scheme: there is no "{name}", {hint}')
-    scheme = find(name)
-    if scheme.exchange is not None:
+    if settings is not None:
+        name: Any = settings.scheme
+    else:
+        name = values.get("scheme") if isinstance(values, dict) else None
+    scheme = find(name) if isinstance(name, str) and name in SCHEMES else None
+    if scheme is not None and scheme.exchange is not None:
         raise BadVector(
-            f"scheme: {name} signs with a token that has to be fetched; nothing to show"
+            f"scheme: {name} signs with a token that has to be fetched, which is not done here; "
+            f"the {EXCHANGES[name]}"
         )
-    values = {
-        key: Secret(secret(value)) if isinstance(value, str) else value
-        for key, value in _mapping(vector, "credentials").items()
-    }
-    credentials = _read(scheme.Credentials, values, "credentials")
-    options = _read(scheme.Options, _mapping(vector, "options"), "options")
-    url, request, given = _request(_mapping(vector, "request"), scheme.own_headers)
-    now = _time(vector.get("clock"), now)
-    signed = scheme.sign(request, credentials, options, now, vector.get("nonce") or nonce)
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if key not in ABOUT}
+    if settings is not None:
+        model: type[Vector] = UpstreamVector
+    elif scheme is None:
+        model = WholeVector
+    else:
+        model, values = _whole_vector(name), _in_full(values, scheme)
+    try:
+        vector = model.model_validate(values, context=references)
+    except ValidationError as error:
+        raise BadFields(error, model, values) from None
+    assert scheme is not None
+    if isinstance(vector, WholeVector):
+        credentials, options = vector.credentials, vector.options
+    else:
+        assert settings is not None
+        credentials, options = settings.keys[0], settings
+    now = now if vector.clock is None else vector.clock
+    try:
+        return _sign(scheme, vector.request, credentials, options, now, vector.nonce or nonce)
+    except UnicodeEncodeError:
+        pass
+    raise BadVector(f"credentials or options: {HALF}")  # outside: the error has the text
+
+
+def _sign(
+    scheme: Scheme, sent: RequestVector, credentials: Any, options: Any, now: float, nonce: str
+) -> dict[str, Any]:
+    parts = urlsplit(sent.url)
+    url = f"{parts.scheme}://{parts.netloc}{parts.path or '/'}"
+    given: dict[str, list[str]] = {}
+    for name, value in sent.headers:
+        given.setdefault(name.lower(), []).append(value)
+    request = Request(
+        method=sent.method.upper(),
+        host=given.get("host", [parts.netloc])[0].strip(" \t"),
+        path=parts.path or "/",
+        query=parts.query,
+        headers=tuple(
+            (name.lower(), value)
+            for name, value in sent.headers
+            if name.lower() not in scheme.own_headers and name.lower() != "host"
+        ),
+        body=(sent.body or "").encode() * sent.body_repeat,
+        url_scheme={"ws": "http", "wss": "https"}.get(parts.scheme, parts.scheme),
+    )
+    signed = scheme.sign(request, credentials, options, now, nonce)
     query = request.query if signed.query is None else signed.query
     return {
         "headers": {
-            key: value for key, value in signed.headers.items() if given.get(key.lower()) != [value]
+            name: value
+            for name, value in signed.headers.items()
+            if name == "Host" or given.get(name.lower()) != [value]
         },
         "url": f"{url}?{query}" if query else url,
         "intermediate": dict(signed.steps),
     }
 
 
-def _read(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    given = {key: value for key, value in values.items() if key not in COMMENTS}
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        lines = []
-        for each in error.errors(include_url=False, include_input=False):
-            key = ".".join([where, *map(str, each["loc"])])
-            known = ", ".join(model.model_fields)
-            if each["type"] == "missing":
-                lines.append(f"{key}: is missing")
-            elif each["type"] == "extra_forbidden":
-                lines.append(f"{key}: unknown; known here: {known or 'nothing'}")
-            else:
-                lines.append(f"{key}: {each['msg']}")
-        raise BadVector("\n".join(lines)) from None
-
-
-def _request(
-    values: Mapping[str, Any], own_headers: frozenset[str]
-) -> tuple[str, Request, dict[str, list[str]]]:
-    """The URL without its query, the request, and its headers as given, by lower-case name."""
-    url = _text(values, "url", "request.")
-    parts = urlsplit(url)
-    if not parts.scheme or not parts.netloc or "@" in parts.netloc or "#" in url:
-        raise BadVector("request.url: write scheme://host/path?query, as it goes on the wire")
-    if not (url.isascii() and url.isprintable()) or " " in url:
-        raise BadVector("request.url: percent-encode it, as it goes on the wire")
-    given: dict[str, list[str]] = {}
-    headers = []
-    for pair in values.get("headers") or []:
-        if not (isinstance(pair, list) and [type(each) for each in pair] == [str, str]):
-            raise BadVector('request.headers: write a list of ["name", "value"] pairs')
-        given.setdefault(pair[0].lower(), []).append(pair[1])
-        if pair[0].lower() not in own_headers and pair[0].lower() != "host":
-            headers.append((pair[0].lower(), pair[1]))
-    body = "" if values.get("body") is None else values["body"]
-    repeat = values.get("body_repeat", 1)
-    if not isinstance(body, str) or not isinstance(repeat, int):
-        raise BadVector("request.body: write it as text, and body_repeat as a number")
-    path = parts.path or "/"
-    request = Request(
-        method=_text(values, "method", "request.").upper(),
-        host=given.get("host", [parts.netloc])[0],
-        path=path,
-        query=parts.query,
-        headers=tuple(headers),
-        body=body.encode() * repeat,
-    )
-    return f"{parts.scheme}://{parts.netloc}{path}", request, given
-
-
-def _time(clock: Any, now: float) -> float:
-    """Unix seconds of `{"unix_ms": …}`, `{"unix": …}` or `{"iso": …}`; None: `now`."""
-    if clock is None:
-        return now
-    if isinstance(clock, dict):
-        if isinstance(clock.get("unix_ms"), int):
-            return float(clock["unix_ms"]) / 1000
-        if isinstance(clock.get("unix"), int | float):
-            return float(clock["unix"])
-        if isinstance(clock.get("iso"), str):
-            try:
-                found = datetime.fromisoformat(clock["iso"])
-            except ValueError:
-                found = None
-            if found is not None:
-                return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-    raise BadVector('clock: write {"unix": seconds} or {"iso": "2024-07-01T08:00:00Z"}')
-
-
-def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = values.get(key)
-    if not isinstance(found, dict):
-        if found is None and key == "options":
-            return {}
-        raise BadVector(f"{key}: is missing, or no JSON object")
-    return found
-
-
-def _text(values: Mapping[str, Any], key: str, where: str) -> str:
-    found = values.get(key)
-    if not isinstance(found, str):
-        raise BadVector(f"{where}{key}: is missing, or no text")
-    return found
-
-
-__all__ = ["BadVector", "CannotSign", "sign_vector"]
+__all__ = ["BadFields", "BadVector", "CannotSign", "sign_vector"]

@@ -24,6 +24,9 @@ END = "request"
 SIGNED_BESIDE_X = frozenset({"content-type", "content-md5", "host"})
 """What the provider's SDKs sign of a request, beside `x-*`."""
 
+DEFAULT_CONTENT_TYPE = "application/x-www-form-urlencoded; charset=utf-8"
+"""What the provider's SDKs send, and sign, with any request but a GET that has none."""
+
 CLOCK_IS_OFF = (b"InvalidTimestamp",)
 """The code of "The signature of the request is expired", also when it is from the future."""
 
@@ -84,6 +87,9 @@ def sign(
     body_hash = sha256(request.body or b"").hexdigest()
 
     headers = {"X-Date": date_time}
+    has_type = request.header("content-type") is not None
+    if options.signed_headers is None and request.method != "GET" and not has_type:
+        headers["Content-Type"] = DEFAULT_CONTENT_TYPE
     if options.add_content_sha256_header:
         headers["X-Content-Sha256"] = body_hash
     if credentials.session_token is not None:

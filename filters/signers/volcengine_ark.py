@@ -22,16 +22,15 @@ from filters.signers.exchange import (
     unix_seconds,
 )
 from filters.signers.scheme import (
-    CannotSign,
     Exchange,
     Request,
     Scheme,
     Signed,
-    Token,
     TokenRequest,
 )
 from filters.signers.scheme import Options as BaseOptions
 from filters.signers.volcengine import Credentials
+from filters.stores.tokens import NoToken, Token
 
 SERVICE = "ark"
 ACTION = "Action=GetApiKey&Version=2024-01-01"
@@ -99,32 +98,32 @@ def request_key(credentials: Credentials, options: Options, now: float) -> Token
 
 
 def read_key(status: int, body: bytes, now: float) -> Token:
-    """The key in an answer. Raises `CannotSign`, which tells what of `ERRORS` the answer holds."""
+    """The key in an answer. Raises `NoToken`, which tells what of `ERRORS` the answer holds."""
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise CannotSign(f"GetApiKey was answered {status} without JSON") from None
+        raise NoToken(f"GetApiKey was answered {status} without JSON") from None
     error = _inner(_inner(answer, "ResponseMetadata"), "Error")
     if error:
         told = [each for each in (error.get("Code"), error.get("Message")) if _is_known(each)]
-        raise CannotSign(": ".join([f"GetApiKey was answered {status}", *told]))
+        raise NoToken(": ".join([f"GetApiKey was answered {status}", *told]))
     result = _inner(answer, "Result")
     if status != 200 or not result:
-        raise CannotSign(f"GetApiKey was answered {status} without a key")
+        raise NoToken(f"GetApiKey was answered {status} without a key")
     return _token(result, now)
 
 
 def _token(result: dict[str, Any], now: float) -> Token:
     key, expired_time = result.get("ApiKey"), result.get("ExpiredTime")
     if not isinstance(key, str) or len(key) > LONGEST_TOKEN or not is_visible(key):
-        raise CannotSign("GetApiKey was answered with an ApiKey that cannot be sent")
+        raise NoToken("GetApiKey was answered with an ApiKey that cannot be sent")
     end = unix_seconds(expired_time)
     if end is None:
-        raise CannotSign("GetApiKey was answered without a time in ExpiredTime")
+        raise NoToken("GetApiKey was answered without a time in ExpiredTime")
     # Not trusted beyond what can be: a key that is refused is replaced before its time.
     life_s = min(end - now, LONGEST_LIFE_S)
     if life_s <= 0:
-        raise CannotSign("GetApiKey was answered with a key that has expired already")
+        raise NoToken("GetApiKey was answered with a key that has expired already")
     expires_at = now + life_s
     return Token(key, expires_at - min(RENEW_BEFORE_S, life_s / 2), expires_at)
 

@@ -63,7 +63,7 @@ class Credentials(BaseCredentials):
 class Options(BaseOptions):
     """How long a token is good."""
 
-    ttl_ms: int = Field(default=210_000, ge=1000)
+    ttl_ms: int = Field(default=210_000, ge=1)
     """It is replaced 30 s before; one of 30 s or less is made for each attempt."""
 
 

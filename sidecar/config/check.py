@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 RESERVED_SEGMENTS = frozenset({"healthz", "livez", "readyz", "metrics"})
 """First segments of paths that are no upstream's, beside the API versions (`v1`, `v1beta`)."""
 
+CREDENTIALS = frozenset(
+    {
+        *("access_key", "access_token", "api_key", "apikey", "auth", "authorization", "bearer"),
+        *("credentials", "key", "keys", "password", "secret", "secret_key", "token", "x_api_key"),
+    }
+)
+"""Keys of an upstream, `-` written as `_`, by which others configure what is `sign` here."""
+
 
 class FilterSpec(NamedTuple):
     """One place in a chain."""
@@ -114,6 +122,7 @@ class _Binder:
         self._check_chains()
         policies = self._policies()
         sections = self._upstream_sections()
+        self._note_unread_sections(sections, {policy.team.chain for policy in policies})
         if self.problems:
             files = [self.document.file, *(each.file for each in self.loaded.team_documents)]
             raise ConfigError(
@@ -423,6 +432,21 @@ class _Binder:
                     self.notes.append(str(self.document.problem(keys, note, at_key=True)))
         return sections
 
+    def _note_unread_sections(
+        self, sections: Mapping[str, Mapping[str, FilterConfig]], in_use: set[str]
+    ) -> None:
+        """A chain without a filter that upstreams have settings for, such as `sign`."""
+        for chain_name in sorted(in_use & self.config.chains.keys()):
+            chain = self.config.chains[chain_name]
+            for name, upstreams in sections.items():
+                if upstreams and name not in (*chain.call, *chain.attempt):
+                    note = (
+                        f"lacks the filter `{name}`: its calls do without the section `{name}` "
+                        f"of {', '.join(upstreams)}"
+                    )
+                    keys: Keys = ("chains", chain_name)
+                    self.notes.append(str(self.document.problem(keys, note, at_key=True)))
+
     def _section_readers(self) -> dict[str, type[FilterConfig]]:
         """The model of each section that an upstream may have, by the filter's name."""
         said = {
@@ -442,6 +466,11 @@ class _Binder:
     def _unknown_key(self, keys: Keys, name: str, readers: Iterable[str]) -> None:
         if name in self.classes:
             message = f'the filter "{name}" has no settings for an upstream: remove the section'
+        elif name.lower().replace("-", "_") in CREDENTIALS:
+            message = (
+                "unknown key: a key for the upstream stands in its section `sign`, such as "
+                "`sign: {scheme: bearer, key: env:NAME}`"
+            )
         else:
             known = [*UpstreamSettings.model_fields, *readers, *builtin_filters()]
             hint = did_you_mean(name, known) or ", and no filter in use has settings of that name"

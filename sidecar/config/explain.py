@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from sidecar.config.document import Keys, follow
+from sidecar.config.secret import Secret
 
 _EXPECTED = {
     "string_type": "text",
@@ -45,6 +46,11 @@ _LENGTHS = {
 }
 
 
+_NO_SECRET = "this setting is no secret: write the value itself"
+_MOST_SUGGESTED = 5
+_SHORTEST_PART = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Mistake:
     """One mistake inside a section; `keys` start at the section."""
@@ -56,8 +62,24 @@ class Mistake:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`, did you mean "burst"?` when something known is close to `word`, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f', did you mean "{close[0]}"?' if close else ""
+    found = [f'"{each}"' for each in _close(word, known)]
+    return f", did you mean {' or '.join(found)}?" if found else ""
+
+
+def _close(word: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that `word` may stand for, whatever its case: `TC3` is a part of one name,
+    and a part that several share could mean each of them."""
+    names: dict[str, str] = {}
+    for each in known:
+        names.setdefault(each.lower(), each)
+    word = word.lower()
+    if word in names:
+        return [names[word]]
+    if len(word) >= _SHORTEST_PART:
+        holding = [name for folded, name in names.items() if word in folded]
+        if 0 < len(holding) <= _MOST_SUGGESTED:
+            return holding
+    return [names[each] for each in difflib.get_close_matches(word, names, n=1)]
 
 
 def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> list[Mistake]:
@@ -68,9 +90,11 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> list[Mi
         # pydantic's locations also name the members of unions.
         keys, value = follow(detail["loc"], raw)
         kind = detail["type"]
+        # The members of a union each say what they expect; one sentence is enough.
         if kind in _EXPECTED:
-            # The members of a union each say what they expect; one sentence is enough.
             expected.setdefault(keys, []).append(_EXPECTED[kind])
+        elif kind in ("literal_error", "enum"):
+            expected.setdefault(keys, []).append(detail["ctx"]["expected"].replace("'", '"'))
         elif kind == "missing":
             mistakes.append(_missing(keys, value, model, detail["loc"]))
         elif kind == "extra_forbidden":
@@ -82,20 +106,40 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> list[Mi
         else:
             at_key = detail["loc"][-1:] == ("[key]",)
             mistakes.append(Mistake(keys, _message(detail, value), at_key))
+    places = [*expected, *(each.keys for each in mistakes)]
     for keys, words in expected.items():
-        _, value = follow(keys, raw)
-        wanted = " or ".join(dict.fromkeys(words))
-        quotes = "; write it in quotes" if words == ["text"] and _is_plain(value) else ""
-        mistakes.append(Mistake(keys, f"expected {wanted}, found {_found(value)}{quotes}"))
+        # One member of a union looked inside, and says more.
+        if not any(each != keys and each[: len(keys)] == keys for each in places):
+            _, value = follow(keys, raw)
+            mistakes.append(Mistake(keys, _expected(list(dict.fromkeys(words)), value)))
     return mistakes
+
+
+def _expected(wanted: list[str], value: Any) -> str:
+    """The message for a value that is nothing of what is `wanted`: kinds, and words in quotes."""
+    message = f"expected {' or '.join(wanted)}"
+    choices = [each for words in wanted for each in re.findall(r'"([^"]*)"', words)]
+    if not (choices and isinstance(value, str)):
+        message += f", found {_found(value)}"
+    if _is_reference(value) and not {"a list", "a mapping"} & set(wanted):
+        return f"{message}; {_NO_SECRET}"
+    if wanted == ["text"] and _is_plain(value):
+        return f"{message}; write it in quotes"
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    if not hint and "a list" in wanted and (isinstance(value, str) or _is_plain(value)):
+        hint = "; write a list in brackets: [a, b]"
+    return message + hint
 
 
 def _missing(keys: Keys, value: Any, model: type[BaseModel], location: Keys) -> Mistake:
     # A section that takes foreign keys cannot tell a misspelt one; here is who it was meant for.
     name = str(location[-1])
     strangers = set(value) - _known_keys(model, location) if isinstance(value, dict) else set()
-    close = difflib.get_close_matches(name, strangers, n=1)
-    hint = f'did you mean it by "{close[0]}"?' if close else "add it"
+    close = _close(name, sorted(strangers))
+    if close:
+        hint = f'did you mean it by "{close[0]}"?'
+    else:
+        hint = "add it, as env:NAME or file:PATH" if _is_secret(model, location) else "add it"
     return Mistake((*keys, name), f"is missing: {hint}")
 
 
@@ -109,11 +153,16 @@ def _message(detail: ErrorDetails, value: Any) -> str:
     if kind in _LENGTHS:
         key, words = _LENGTHS[kind]
         return words.format(context[key]).replace("1 entries", "1 entry")
-    if kind in ("literal_error", "enum"):
-        return _choice(context["expected"], value)
+    if kind == "string_pattern_mismatch":
+        if _is_reference(value):
+            return _NO_SECRET
+        if value == "":
+            return "is empty: write a value"
+        return f"has a character that is not allowed here: it must match {context['pattern']}"
     if kind == "union_tag_invalid":
         tag = value.get(context["discriminator"].strip("'")) if isinstance(value, dict) else None
-        return f"{context['discriminator']}: {_choice(context['expected_tags'], tag)}"
+        wanted = context["expected_tags"].replace("'", '"')
+        return f"{context['discriminator']}: {_expected([wanted], tag)}"
     if kind == "union_tag_not_found":
         return f"the key {context['discriminator']} is missing: add it"
     if kind == "finite_number":
@@ -123,12 +172,8 @@ def _message(detail: ErrorDetails, value: Any) -> str:
     return message.replace(value, "***") if isinstance(value, str) and value else message
 
 
-def _choice(expected: str, value: Any) -> str:
-    choices = re.findall(r"'([^']*)'", expected)
-    words = f"expected {expected}".replace("'", '"')
-    if not isinstance(value, str):
-        return f"{words}, found {_found(value)}"
-    return f"{words}{did_you_mean(value, choices)}"
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("env:", "file:"))
 
 
 def _is_plain(value: Any) -> bool:
@@ -151,15 +196,25 @@ def _found(value: Any) -> str:
 
 def _known_keys(model: type[BaseModel], location: Keys) -> set[str]:
     """The keys that would be right beside the last one of `location`."""
-    types = _members(model)
-    for key in location[:-1]:
-        types = [t for each in types for t in _step(each, key)] or types
     return {
         field.alias or name
-        for each in types
+        for each in _types(model, location[:-1])
         if _is_model(each)
         for name, field in each.model_fields.items()
     }
+
+
+def _is_secret(model: type[BaseModel], location: Keys) -> bool:
+    """Whether what belongs to `location` is a secret."""
+    types = _types(model, location)
+    return any(isinstance(each, type) and issubclass(each, Secret) for each in types)
+
+
+def _types(model: type[BaseModel], location: Keys) -> list[Any]:
+    types = _members(model)
+    for key in location:
+        types = [t for each in types for t in _step(each, key)] or types
+    return types
 
 
 def _step(annotation: Any, key: str | int) -> list[Any]:

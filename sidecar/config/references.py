@@ -15,6 +15,8 @@ MAX_SECRET_BYTES = 64 * 1024
 HOW_TO = "write env:NAME or file:PATH; a secret never stands in the file"
 NO_PROGRAMS = "`exec:` is refused, a configuration never runs programs: write env:NAME or file:PATH"
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]").search
+
 
 class References:
     """Resolves the references of one file, whose relative paths start at `directory`.
@@ -58,6 +60,10 @@ class References:
             raise ValueError(f"{source} has white space around the secret: remove it")
         if any("\ud800" <= each <= "\udfff" for each in value):  # bytes that Python kept as such
             raise ValueError(f"{source} is not UTF-8 text")
+        if _CONTROL(value):
+            raise ValueError(
+                f"{source} has a line end or another control character inside the secret"
+            )
         if len(value) < MIN_SECRET_CHARACTERS:
             raise ValueError(f"{source} has less than {MIN_SECRET_CHARACTERS} characters")
         return value
@@ -66,11 +72,13 @@ class References:
         """`path` as an absolute path. Raises ValueError when no regular file is there."""
         absolute = self._absolute(path)
         try:
-            is_file = absolute.is_file()
+            is_file, is_directory = absolute.is_file(), absolute.is_dir()
         except OSError as error:
             raise ValueError(f"{absolute} cannot be read: {error.strerror}") from None
         except ValueError:  # no possible path
-            is_file = False
+            is_file = is_directory = False
+        if is_directory:
+            raise ValueError(f"{absolute} is a directory")
         if not is_file:
             raise ValueError(f"there is no file {absolute}")
         self._files.add(absolute)

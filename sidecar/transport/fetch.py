@@ -39,17 +39,18 @@ async def fetch(
     parts = urlsplit(url)
     host = parts.hostname or ""
     allowed = [ip_network(each) for each in settings.allow_addresses]
-    # aiohttp asks its resolver for names alone.
-    if (address := literal(host)) is not None and is_forbidden(address, allowed):
-        raise FetchFailed("the address may not be connected to")
+    _refuse_forbidden(host, allowed)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
+        proxy = _proxy(settings, parts.scheme, host, port)
+        if proxy is not None:
+            _refuse_forbidden(urlsplit(proxy).hostname or "", allowed)
+        # In a thread: it reads the system's certificates, which takes 20 ms.
+        tls = await asyncio.to_thread(_tls_context, settings)
         async with (
             asyncio.timeout(TIMEOUT_S),
             aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    resolver=GuardedResolver(allowed), ssl=_tls_context(settings)
-                ),
+                connector=aiohttp.TCPConnector(resolver=GuardedResolver(allowed), ssl=tls),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"user-agent": "llm-sidecar"},
             ) as session,
@@ -59,7 +60,7 @@ async def fetch(
                 headers=headers,
                 data=body or None,
                 allow_redirects=False,
-                proxy=_proxy(settings, parts.scheme, host, port),
+                proxy=proxy,
             ) as response,
         ):
             data = await _read(response)
@@ -68,7 +69,25 @@ async def fetch(
         raise FetchFailed("no answer in time") from None
     # Their messages and tracebacks hold URLs: the kind alone is told.
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise FetchFailed(f"no answer: {type(error).__name__}") from None
+        raise FetchFailed(_why(error)) from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "the name could not be resolved, or to addresses that are refused"
+    if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
+        return "the TLS handshake failed: is the certificate trusted?"
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        return "the proxy could not be reached, or refused"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "it could not be reached"
+    return f"no answer that could be read ({type(error).__name__})"
+
+
+def _refuse_forbidden(host: str, allowed: Sequence[Network]) -> None:
+    """What `GuardedResolver` does for names; aiohttp does not ask it for addresses."""
+    if (address := literal(host)) is not None and is_forbidden(address, allowed):
+        raise FetchFailed(f"{address} may not be connected to: see allow_addresses")
 
 
 def _proxy(settings: UpstreamSettings, scheme: str, host: str, port: int) -> str | None:

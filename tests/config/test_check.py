@@ -242,6 +242,46 @@ def test_a_section_nobody_reads_is_refused(place: Place) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["api_key", "api-key", "apiKey", "key", "auth", "token", "Authorization", "x-api-key"]
+)
+def test_a_key_beside_the_section_sign_is_told_where_it_belongs(place: Place, name: str) -> None:
+    assert place.problems(upstream(f"{name}: env:KEY")) == [
+        f"config.yaml:2:47: upstreams.a.{name}: unknown key: a key for the upstream stands in its "
+        "section `sign`, such as `sign: {scheme: bearer, key: env:NAME}`"
+    ]
+
+
+def test_a_chain_without_the_filter_of_a_section_is_noted(place: Place) -> None:
+    place.environ["KEY"] = CANARY
+    text = (
+        "upstreams:\n"
+        "  a: {dialect: openai, base_url: 'mock:', sign: {scheme: bearer, key: env:KEY}}\n"
+        "  b: {dialect: openai, base_url: 'mock:', breaker: {}}\n"
+        "chains:\n"
+        "  default: {call: [], attempt: [breaker]}\n"
+        "  idle: {call: [], attempt: []}\n"
+    )
+    (note,) = place.bind(text).notes
+    assert note.replace(f"{place.directory}/", "") == (
+        "config.yaml:5:3: chains.default: lacks the filter `sign`: its calls do without the "
+        "section `sign` of a"
+    )
+    assert place.bind(text.replace("[breaker]", "[breaker, sign]")).notes == []
+
+
+def test_a_team_s_chain_without_the_filter_of_a_section_is_noted(place: Place) -> None:
+    place.environ["KEY"] = CANARY
+    text = (
+        upstream("sign: {scheme: bearer, key: env:KEY}").replace("https", "http")
+        + "\nteams: teams/*.yaml\n"
+    )
+    text = text.replace("chains: {", "chains: {plain: {call: [], attempt: []}, ")
+    assert place.bind(text, a=team("a")).notes == []
+    (note,) = place.bind(text, a=team("a", "chain: plain")).notes
+    assert "chains.plain: lacks the filter `sign`" in note
+
+
 def test_a_section_of_a_built_in_filter_may_wait_for_it_but_must_be_right(place: Place) -> None:
     assert place.problems(upstream("breaker: {failures: 2}")) == []
     assert place.problems(upstream("breaker: {failures: x}")) == [

@@ -111,7 +111,8 @@ def test_wrong_types_say_what_was_expected_and_found(place: Place) -> None:
         "config.yaml:10:14: filters.a: expected a mapping, found nothing",
         "config.yaml:11:12: upstreams: needs at least 1 entry",
         "config.yaml:12:13: models.m: expected a mapping, found a whole number",
-        "config.yaml:13:26: chains.default.call: expected a list, found text",
+        "config.yaml:13:26: chains.default.call: expected a list, found text; write a list in "
+        "brackets: [a, b]",
         "config.yaml:13:42: chains.default.attempt[0]: expected text, found a number; "
         "write it in quotes",
     ]

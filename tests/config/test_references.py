@@ -6,6 +6,7 @@ import pytest
 from sidecar.config.references import References
 
 CANARY = "canary-0123456789"
+CONTROL = " has a line end or another control character inside the secret"
 HOW_TO = "write env:NAME or file:PATH; a secret never stands in the file"
 
 
@@ -29,7 +30,6 @@ def test_a_secret_comes_from_the_environment(tmp_path: Path) -> None:
         (CANARY, CANARY),
         (CANARY + "\n", CANARY),
         (CANARY + "\r\n", CANARY),
-        ("line one\nline two\n", "line one\nline two"),
     ],
 )
 def test_one_newline_at_the_end_of_a_secret_file_is_cut(
@@ -68,8 +68,16 @@ def test_a_variable_that_is_not_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert refusal(References(tmp_path, {}), "file:key") == f"there is no file {tmp_path}/key"
-    assert refusal(References(tmp_path, {}), "file:.").startswith("there is no file")
     assert refusal(References(tmp_path, {}), "file:a\0b").startswith("there is no file")
+
+
+def test_a_directory_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    references = References(tmp_path, {})
+    assert refusal(references, "file:keys") == f"{tmp_path}/keys is a directory"
+    assert refusal(references, "file:.") == f"{tmp_path} is a directory"
+    with pytest.raises(ValueError, match="is a directory"):
+        references.file("keys")
 
 
 def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
@@ -85,6 +93,11 @@ def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
         ("\t" + CANARY, " has white space around the secret: remove it"),
         (CANARY + "\n\n", " has white space around the secret: remove it"),
         ("1234567", " has less than 8 characters"),
+        (CANARY + "\nline two", CONTROL),
+        (CANARY + "\r\nline two", CONTROL),
+        (CANARY + "\tmore", CONTROL),
+        (CANARY + "\x7fmore", CONTROL),
+        (CANARY + "\x9fmore", CONTROL),
     ],
 )
 def test_an_empty_padded_or_short_secret_is_refused(
@@ -94,6 +107,16 @@ def test_an_empty_padded_or_short_secret_is_refused(
     references = References(tmp_path, {"KEY": value})
     assert refusal(references, "env:KEY") == f"the environment variable KEY{message}"
     assert refusal(references, "file:key") == f"the file key{message}"
+
+
+@pytest.mark.parametrize("value", [CANARY + "\0more", "\0" * 9])
+def test_a_nul_in_a_secret_file_is_refused(tmp_path: Path, value: str) -> None:
+    (tmp_path / "key").write_text(value)
+    assert refusal(References(tmp_path, {}), "file:key") == f"the file key{CONTROL}"
+
+
+def test_letters_of_any_script_may_stand_in_a_secret(tmp_path: Path) -> None:
+    assert References(tmp_path, {"KEY": "schlüssel 密钥 key"}).secret("env:KEY")
 
 
 def test_a_secret_file_that_is_no_text_is_refused_without_its_content(tmp_path: Path) -> None:

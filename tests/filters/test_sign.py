@@ -159,7 +159,7 @@ def test_header_that_cannot_be_sent_does_not_load(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["a\nb", "a\r\nx-b: 1", "a\0"])
 def test_key_that_cannot_be_sent_does_not_load_and_is_not_shown(key: str) -> None:
-    with pytest.raises(ValueError, match="line end") as raised:
+    with pytest.raises(ValueError, match="visible ASCII") as raised:
         Harness(signing("bearer", key=key))
     assert key not in str(raised.value)
 

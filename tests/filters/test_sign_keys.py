@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -12,14 +14,36 @@ import pytest
 
 from filters.algo.key_pool import KeyPool
 from filters.sign import Sign
+from filters.signers import answers as answers_module
+from filters.signers.answers import DEFAULT_REST_S
 from filters.signers.settings import SignSettings
-from filters.signers.signer import DEFAULT_REST_S
 from filters.stores.tokens import NEW_S
-from sidecar.api import Attempt, Call, CallFilter, CallNext, Reply, Secret
+from sidecar.api import (
+    Attempt,
+    AttemptFilter,
+    AttemptNext,
+    Call,
+    CallFilter,
+    CallNext,
+    Fetched,
+    FilterConfig,
+    Rejected,
+    Reply,
+    Secret,
+    Timeouts,
+)
 from sidecar.call import Outcome, Target
 from sidecar.headers import Headers
 from sidecar.reply import Body
-from tests.support.harness import FakeUpstream, Harness, Sent, Use
+from tests.support.flow import until
+from tests.support.harness import (
+    FakeFetcher,
+    FakeUpstream,
+    Harness,
+    ScriptedSource,
+    Sent,
+    Use,
+)
 
 PATH = "/v1/chat/completions"
 
@@ -113,7 +137,7 @@ async def test_key_that_is_refused_is_set_aside_and_reported(
 ) -> None:
     async with Harness(pool("one", "two", "three")) as harness:
         harness.upstream.answer = answers((status, {}, b"{}"), (200, {}, b"{}"))
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             sent = await calls(harness, 5)
         assert [key_of(each) for each in sent] == ["one", "two", "three", "two", "three"]
         (record,) = caplog.records
@@ -135,7 +159,8 @@ async def test_key_that_was_set_aside_is_tried_again_later(
         await calls(harness, 2)
         caplog.clear()
         harness.clock.turn(60.0)
-        sent = await calls(harness, 2)
+        with caplog.at_level(logging.INFO):
+            sent = await calls(harness, 2)
         assert sorted(key_of(each) for each in sent) == ["one", "two"]
         assert [record.getMessage() for record in caplog.records] == ["key_accepted_again"]
 
@@ -178,9 +203,9 @@ async def test_only_key_never_rests_and_is_reported_all_the_same(
     values = {"scheme": "bearer", "key": Secret("one", "env:ONE")}
     async with Harness(use(**values)) as harness:
         harness.upstream.answer = answers((429, {"retry-after": "60"}, b"{}"), (401, {}, b"{}"))
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             assert len(await calls(harness, 3)) == 3
-        assert [record.getMessage() for record in caplog.records] == ["key_refused"]
+        assert [record.getMessage() for record in caplog.records] == ["key_rests", "key_refused"]
 
 
 @pytest.mark.parametrize("status", [200, 400, 404, 500, 503, 529])
@@ -318,7 +343,7 @@ async def test_call_without_a_token_fails_and_says_so_without_a_secret(
 ) -> None:
     async with Harness(baidu("secret-one")) as harness:
         harness.fetcher.answering(401, b'{"error":"invalid_client","error_description":"unknown"}')
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             run = await harness.run()
         assert (run.client.status, run.client.headers["x-sidecar-error"]) == (
             502,
@@ -404,7 +429,10 @@ async def test_redirect_to_a_key_in_a_header_passes_as_it_is() -> None:
         assert (run.client.status, run.client.headers["location"]) == (307, location["location"])
 
 
-@pytest.mark.parametrize(("host", "scheme"), [("evil.test", "https"), ("fake.test", "http")])
+@pytest.mark.parametrize(
+    ("host", "scheme"),
+    [("evil.test", "https"), ("fake.test", "http"), ("fake.test:8443", "https")],
+)
 @pytest.mark.parametrize("which", ["always", "each"])
 async def test_credentials_go_to_their_own_origin_alone(host: str, scheme: str, which: str) -> None:
     other = FakeUpstream("fake")
@@ -440,7 +468,8 @@ async def test_only_key_that_is_accepted_again_is_reported_too(
 ) -> None:
     async with Harness(use(scheme="bearer", key=Secret("one", "env:ONE"))) as harness:
         harness.upstream.answer = answers((401, {}, b"{}"), (401, {}, b"{}"), (200, {}, b"{}"))
-        await calls(harness, 4)
+        with caplog.at_level(logging.INFO):
+            await calls(harness, 4)
         events = [record.getMessage() for record in caplog.records]
         assert events == ["key_refused", "key_accepted_again"]
         assert metric(harness, "llm_sidecar_key_refusals") == {("fake", "1", "401"): 2}
@@ -455,3 +484,348 @@ async def test_answer_that_says_expired_at_our_own_time_blames_the_key(
         await calls(harness, 2)
         assert [record.getMessage() for record in caplog.records] == ["key_refused"]
         assert metric(harness, "llm_sidecar_clock_corrections") == {("fake",): 0}
+
+
+# Several at once, and late
+
+
+async def test_answers_that_say_expired_at_once_blame_no_key(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    values = {"scheme": "AWS4-HMAC-SHA256", "region": "us-east-1"}
+    keys = [
+        {"access_key_id": Secret(f"AKID{name}"), "secret_access_key": Secret(f"secret-{name}")}
+        for name in ("one", "two")
+    ]
+    async with Harness(use(**values, pool=keys)) as harness:
+        go = asyncio.Event()
+        date = {"date": "Tue, 14 Nov 2023 22:30:00 GMT"}
+        expired = answers((403, date, b"Signature expired"))
+
+        async def late(attempt: Attempt) -> Reply:
+            await go.wait()
+            return await expired(attempt)
+
+        harness.upstream.answer = late
+        runs = [harness.start() for _ in range(4)]
+        await until(lambda: len(harness.upstream.sent) == 4)
+        go.set()
+        for run in runs:
+            await run.ended()
+        assert [record.getMessage() for record in caplog.records] == ["clock_offset_learned"]
+        harness.upstream.answer = answers((200, {}, b"{}"))
+        dates = {each.headers["x-amz-date"] for each in await calls(harness, 4)}
+        assert dates == {"20231114T223000Z"}
+
+
+async def test_late_answer_to_an_older_attempt_does_not_bring_a_refused_key_back() -> None:
+    async with Harness(pool("one", "two")) as harness:
+        go = asyncio.Event()
+        good = answers((200, {}, b"{}"))
+
+        async def late(attempt: Attempt) -> Reply:
+            await go.wait()
+            return await good(attempt)
+
+        harness.upstream.answer = late
+        old = harness.start()
+        await until(lambda: harness.upstream.sent)
+        harness.clock.turn(1.0)
+        harness.upstream.answer = answers((200, {}, b"{}"), (401, {}, b"{}"), (200, {}, b"{}"))
+        await calls(harness, 2)  # the second one is refused: it is the old one's key again
+        go.set()
+        await old.ended()
+        assert {key_of(each) for each in await calls(harness, 4)} == {"two"}
+
+
+@pytest.mark.parametrize("status", [301, 400, 404, 413, 500])
+async def test_only_a_good_answer_brings_a_key_back(status: int) -> None:
+    async with Harness(pool("one", "two", set_aside_s=60.0)) as harness:
+        harness.upstream.answer = answers((401, {}, b"{}"), (status, {}, b"{}"))
+        await calls(harness, 2)
+        harness.clock.turn(60.0)
+        probed = [key_of(each) for each in await calls(harness, 4)]
+        assert probed.count("one") == 1
+
+
+async def test_refusal_of_ours_says_nothing_of_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    class Refuses(AttemptFilter):
+        async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+            (await call_next(attempt)).discard()
+            raise Rejected(403, "a_filter_says_no", "no")
+
+    async with Harness(Refuses, use(scheme="bearer", key=Secret("one"))) as harness:
+        with caplog.at_level(logging.INFO):
+            await harness.run()
+        assert caplog.records == []
+
+
+async def test_wait_until_a_date_is_measured_by_the_clock_of_whoever_wrote_it() -> None:
+    async with Harness(pool("one", "two")) as harness:
+        headers = {
+            "date": "Tue, 14 Nov 2023 23:00:00 GMT",
+            "retry-after": "Tue, 14 Nov 2023 23:00:10 GMT",
+        }
+        harness.upstream.answer = answers((429, headers, b"{}"), (200, {}, b"{}"))
+        await calls(harness, 1)
+        harness.clock.turn(10.0)
+        assert sorted(key_of(each) for each in await calls(harness, 2)) == ["one", "two"]
+
+
+# Refusals that come in pieces, or in disguise
+
+
+async def test_code_of_a_refusal_is_found_when_it_comes_in_pieces() -> None:
+    async with Harness(amazon()) as harness:
+        headers = Headers({"date": "Tue, 14 Nov 2023 22:30:00 GMT"})
+
+        async def in_pieces(attempt: Attempt) -> Reply:
+            source = harness.upstream.source = ScriptedSource(media_type="application/json")
+            source.feed(b'{"message":"Signature exp')
+            return Reply(403, headers, source.body)
+
+        harness.upstream.answer = in_pieces
+        run = harness.start()
+        await until(lambda: "resume" in harness.upstream.source.asked)
+        harness.upstream.source.finish(b'ired"}')
+        await run.ended()
+        assert run.client.data == b'{"message":"Signature expired"}'
+        assert metric(harness, "llm_sidecar_clock_corrections") == {("fake",): 1}
+
+
+async def test_refusal_whose_rest_does_not_come_passes_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers_module, "LOOKED_FOR_S", 0.01)
+    async with Harness(amazon()) as harness:
+        harness.upstream.answer = harness.upstream.stream(b'{"mess', status=403)
+        run = harness.start()
+        await run.begun()
+        harness.upstream.source.finish(b'age":""}')
+        await run.ended()
+        assert (run.client.status, run.client.data) == (403, b'{"message":""}')
+
+
+@pytest.mark.parametrize(
+    ("accepted", "sent"),
+    [("br, gzip, zstd", "gzip"), ("br", "identity"), ("identity", "identity"), (None, None)],
+)
+async def test_refusals_are_asked_for_in_a_coding_that_can_be_read(
+    accepted: str | None, sent: str | None
+) -> None:
+    async with Harness(amazon()) as harness:
+        headers = (("accept-encoding", accepted),) if accepted is not None else ()
+        await harness.run(harness.call(headers=headers))
+        (attempt,) = harness.upstream.sent
+        assert attempt.headers.get("accept-encoding") == sent
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"Response":{"Error":{"Code":"AuthFailure.SecretIdNotFound","Message":""}}}', "401"),
+        (b'{"Response":{"Error":{"Code":"RequestLimitExceeded","Message":""}}}', "429"),
+        (b'{"Response": {"Error": {"Message": "", "Code": "LimitExceeded"}}}', "429"),
+        (b'{"Response":{"Error":{"Code":"InvalidParameterValue.Model","Message":""}}}', None),
+        (b'{"Response":{"Choices":[{"Content":"\\"Error\\":{\\"Code\\":\\"AuthFailure"}]}}', None),
+    ],
+)
+async def test_error_of_tencent_within_a_200_counts_as_what_it_is(
+    body: bytes, status: str | None
+) -> None:
+    async with Harness(tencent()) as harness:
+        harness.upstream.answer = answers((200, {}, body))
+        await harness.run()
+        found = metric(harness, "llm_sidecar_key_refusals")
+        assert found == ({} if status is None else {("fake", "1", status): 1})
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(18, "429"), (336501, "429"), (14, "401"), (180, None), (336003, None)]
+)
+async def test_error_of_qianfan_within_a_200_counts_as_what_it_is(
+    code: int, status: str | None
+) -> None:
+    async with Harness(baidu("secret-one")) as harness:
+        harness.fetcher.answering(200, token("token-1"))
+        harness.upstream.answer = answers((200, {}, orjson.dumps({"error_code": code})))
+        await harness.run()
+        found = metric(harness, "llm_sidecar_key_refusals")
+        assert found == ({} if status is None else {("fake", "1", status): 1})
+
+
+# Tokens and their neighbours
+
+
+async def test_key_whose_exchange_fails_leaves_the_calls_to_its_neighbours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Harness(baidu("secret-one", "secret-two")) as harness:
+
+        async def answer() -> Fetched:
+            _, url, _, _ = harness.fetcher.asked[-1]
+            if "secret-two" in url:
+                return Fetched(401, b'{"error":"invalid_client"}')
+            return Fetched(200, token("token-1"))
+
+        harness.fetcher.answer = answer
+        for _ in range(6):
+            assert (await harness.run()).client.status == 200
+        failures = [each for each in caplog.records if each.getMessage() == "token_fetch_failed"]
+        assert [each.number for each in failures] == [2]  # type: ignore[attr-defined]
+
+
+async def test_when_no_key_has_a_token_the_call_fails() -> None:
+    async with Harness(baidu("secret-one", "secret-two")) as harness:
+        run = await harness.run()
+        assert run.client.headers["x-sidecar-error"] == "upstream_token_failed"
+        assert len(harness.fetcher.asked) == 2
+
+
+async def test_one_refused_call_does_not_keep_others_from_the_token() -> None:
+    async with Harness(baidu("secret-one")) as harness:
+        harness.fetcher.answering(200, token("token-1"))
+        harness.upstream.answer = answers((403, {}, b"{}"), (401, {}, b"{}"), (200, {}, b"{}"))
+        statuses = [(await harness.run()).client.status for _ in range(4)]
+        assert statuses == [403, 401, 200, 200]
+        assert len(harness.fetcher.asked) == 1
+
+
+async def test_token_that_is_waited_for_too_long_ends_the_attempt_in_time() -> None:
+    async with Harness(baidu("secret-one")) as harness:
+
+        async def never() -> Fetched:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError
+
+        harness.fetcher.answer = never
+        harness.upstream.timeouts = Timeouts(total_s=0.01)
+        run = await harness.run()
+        assert (run.client.status, run.client.headers["x-sidecar-error"]) == (
+            504,
+            "upstream_token_failed",
+        )
+        await harness.resources.close()
+
+
+async def test_mistake_of_ours_in_an_exchange_is_logged_and_pauses(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Harness(baidu("secret-one")) as harness:
+
+        async def breaks() -> Fetched:
+            raise KeyError("a bug")
+
+        harness.fetcher.answer = breaks
+        for _ in range(3):
+            assert (await harness.run()).client.status == 502
+        assert len(harness.fetcher.asked) == 1
+        events = [record.getMessage() for record in caplog.records]
+        assert events == ["token_fetch_broke", "token_fetch_failed"]
+        assert metric(harness, "llm_sidecar_token_fetches") == {("fake", "failed"): 1}
+
+
+async def test_life_of_a_token_is_read_by_the_clock_of_its_provider() -> None:
+    signing = use(
+        scheme="bce-bearer",
+        access_key_id=Secret("access-key-id"),
+        secret_access_key=Secret("secret-access-key"),
+    )
+    async with Harness(signing) as harness:  # our clock says 22:13:20, theirs an hour less
+        harness.fetcher.answering(
+            400, b'{"code":"RequestExpired"}', "Tue, 14 Nov 2023 21:13:20 GMT"
+        )
+        await harness.run()
+        harness.clock.turn(1.0)
+        harness.fetcher.answering(201, b'{"token":"t","expireTime":"2023-11-14T21:43:21Z"}')
+        assert (await harness.run()).client.status == 200
+
+
+async def test_tokens_stay_when_a_key_is_added_to_their_pool() -> None:
+    async with Harness(baidu("secret-one", "secret-two")) as harness:
+        harness.fetcher.answering(200, token("token-1"))
+        await calls(harness, 2)
+        more = harness._make(baidu("secret-one", "secret-two", "secret-three"))
+        assert isinstance(more, Sign)
+        tokens = [key.tokens for key in more._signers["fake"]._keys]
+        assert [each is not None and each._token is not None for each in tokens] == [
+            True,
+            True,
+            False,
+        ]
+
+
+async def test_configuration_that_was_only_built_fetches_no_token() -> None:
+    other = FakeFetcher()
+    async with Harness(baidu("secret-one")) as harness:
+        harness.fetcher.answering(200, token("token-1", life_s=100))
+        await calls(harness, 1)
+        live, harness.fetcher = harness.fetcher, other
+        harness._make(baidu("secret-one"))  # and never started
+        harness.clock.turn(100.0)
+        await calls(harness, 1)
+        assert (len(live.asked), len(other.asked)) == (2, 0)
+
+
+# Tokens that are made here
+
+
+async def test_token_made_here_is_made_anew_once_the_clock_is_known_to_be_off() -> None:
+    key = Secret("0123456789abcdef0123456789abcdef.FakeSecret000001")
+    signing = use(scheme="zhipu-jwt-hs256", api_key=key)
+    async with Harness(signing, signing) as harness:
+        first, second = (each for each in harness.filters if isinstance(each, Sign))
+        await calls(harness, 1)
+        assert second._signers["fake"]._offset is first._signers["fake"]._offset
+        date = {"date": "Tue, 14 Nov 2023 22:03:20 GMT"}
+        harness.upstream.answer = answers((401, date, b'{"error":{"code":"1003"}}'), (200, {}, b""))
+        one, two = await calls(harness, 2)
+        assert key_of(one) != key_of(two)
+
+
+# Where it is known
+
+
+async def test_what_is_known_of_keys_and_clock_is_known_of_one_origin() -> None:
+    async with Harness(amazon()) as harness:
+        date = {"date": "Tue, 14 Nov 2023 22:30:00 GMT"}
+        harness.upstream.answer = answers((403, date, b"Signature expired"))
+        await harness.run()
+        (sign,) = harness.filters
+        assert isinstance(sign, Sign)
+        kit = replace(sign.kit, origins={"fake": ("https", "elsewhere.test")})
+        moved = Sign(FilterConfig(), kit)
+        assert moved._signers["fake"]._offset.seconds == 0.0
+        assert sign._signers["fake"]._offset.seconds == 1000.0
+
+
+async def test_header_that_repeats_a_key_in_the_url_does_not_reach_the_client() -> None:
+    signing = use(scheme="query", key=Secret("sk-canary/1"), name="key")
+    async with Harness(signing) as harness:
+        headers = {
+            "location": "https://fake.test/v1/files/1?key=sk-canary%2F1",
+            "x-upload-url": "https://fake.test/upload?id=1&key=sk-canary/1",
+            "x-request-id": "1",
+        }
+        harness.upstream.answer = answers((201, headers, b"{}"))
+        run = await harness.run()
+        assert run.client.status == 201
+        assert run.client.headers == {"content-type": "application/json", "x-request-id": "1"}
+
+
+async def test_answer_not_modified_is_no_redirect() -> None:
+    async with Harness(use(scheme="query", key=Secret("sk-canary"), name="key")) as harness:
+        harness.upstream.answer = answers((304, {}, b""))
+        assert (await harness.run()).client.status == 304
+
+
+@pytest.mark.parametrize(
+    ("query", "sent"),
+    [("", ""), ("alt=sse", "?alt=sse"), ("key=dummy&alt=sse&k%65y=d", "?alt=sse"), ("key=d", "")],
+)
+async def test_google_s_other_place_for_a_key_is_emptied(query: str, sent: str) -> None:
+    async with Harness(use(scheme="x-goog-api-key", key=Secret("sk-canary"))) as harness:
+        await harness.run(harness.call(query=query))
+        (attempt,) = harness.upstream.sent
+        assert attempt.path == f"{PATH}{sent}"
+        assert attempt.headers["x-goog-api-key"] == "sk-canary"

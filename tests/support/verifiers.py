@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 from aiohttp import web
 from alibabacloud_tea_openapi.utils import Utils as AlibabaUtils
@@ -32,13 +32,13 @@ from tencentcloud.common.sign import Sign as TencentSign
 from volcengine.auth.SignerV4 import SignerV4
 from volcengine.auth.SignParam import SignParam
 from volcengine.Credentials import Credentials as VolcengineCredentials
-from volcengine.util.Util import Util as VolcengineUtil
 from xfyunsdkcore.signature import Signature as IflytekSignature
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "invalid escape sequence")  # when it is compiled
     from baidubce.auth import bce_v1_signer
     from baidubce.auth.bce_credentials import BceCredentials
+    from baidubce.utils import normalize_string
 
 TOLERANCE_S = 300.0
 """The strictest provider's."""
@@ -160,10 +160,6 @@ def seconds(text: str, form: str) -> float:
         raise Refused(f"{text!r} is no time") from None
 
 
-def canonical_path(path: str) -> str:
-    return "/".join(quote(unquote_to_bytes(each), safe="") for each in path.split("/"))
-
-
 def are_signed(names: Sequence[str], request: Received, *required: str, prefix: str = "") -> None:
     """Refuses when a field that has to be signed is not, or the list is no list of names."""
     check(sorted(set(names)), list(names), "the signed names")
@@ -271,7 +267,7 @@ class Bce:
         theirs = bce_v1_signer.sign(
             BceCredentials(self.key_id, self.key),
             request.method.encode(),
-            canonical_path(request.path).encode(),
+            normalize_string(unquote_to_bytes(request.path), encoding_slash=False),
             headers,
             Pairs(request.parameters),
             int(at),
@@ -304,7 +300,7 @@ class Acs3:
         are_signed(signed, request, "host", prefix="x-acs-")
         theirs = SimpleNamespace(
             method=request.method,
-            pathname=canonical_path(request.path),
+            pathname=AlibabaUtils.get_encode_path(unquote(request.path)),
             query=None,
             headers=Pairs(request.named(signed)),
         )
@@ -392,7 +388,7 @@ class Volcengine:
         are_signed(signed, request, "host", prefix="x-")
         theirs = SignParam()
         theirs.method = request.method
-        theirs.path = canonical_path(request.path)
+        theirs.path = unquote(request.path)
         theirs.body = request.body
         theirs.date = datetime.fromtimestamp(at, UTC)
         theirs.query = {}
@@ -405,9 +401,7 @@ class Volcengine:
         credentials = VolcengineCredentials(
             self.key_id, self.key, self.service, self.region, self.token or ""
         )
-        # The SDK takes paths undecoded, and so none with a slash in a segment.
-        with patch.object(VolcengineUtil, "norm_uri", lambda path: path):
-            result = SignerV4.sign_only(theirs, credentials)
+        result = SignerV4.sign_only(theirs, credentials)
         check(result.authorization, came, "authorization")
         return Proof(at, came)
 

@@ -147,7 +147,7 @@ async def test_certificate_that_nobody_vouches_for_is_refused() -> None:
         asked = asyncio.ensure_future(asking("GET", upstream.base_url, {}, b""))
         with pytest.raises((ssl.SSLError, ConnectionResetError)):
             await upstream.accept()
-        with pytest.raises(FetchFailed, match="Certificate"):
+        with pytest.raises(FetchFailed, match="TLS handshake"):
             await asked
 
 
@@ -208,7 +208,7 @@ async def test_skipping_verification_is_for_the_upstream_alone() -> None:
         asked = asyncio.ensure_future(asking("GET", upstream.base_url, {}, b"", tls=tls))
         with pytest.raises((ssl.SSLError, ConnectionResetError)):
             await upstream.accept()
-        with pytest.raises(FetchFailed, match="Certificate"):
+        with pytest.raises(FetchFailed, match="TLS handshake"):
             await asked
 
 
@@ -229,3 +229,11 @@ async def test_address_that_the_upstream_may_have_is_asked(
             await connection.read_request()
             connection.write(answer(b"ok"))
             assert (await asked).body == b"ok"
+
+
+async def test_proxy_with_a_forbidden_address_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "REFUSED", (ip_network("127.0.0.0/8"),))
+    async with RawUpstream() as proxy:
+        with pytest.raises(FetchFailed, match="allow_addresses"):
+            await asking("GET", "https://token.test/", {}, b"", proxy=Secret(proxy.base_url))
+        assert not proxy.has_waiting()

@@ -39,8 +39,8 @@ def test_key_that_is_accepted_again_takes_its_turns() -> None:
     keys = pool(2)
     keys.refused(0, 0.0)
     chosen(keys, 1, ASIDE_S)
-    assert keys.accepted(0)
-    assert not keys.accepted(0)
+    assert keys.accepted(0, ASIDE_S)
+    assert not keys.accepted(0, ASIDE_S)
     assert sorted(chosen(keys, 4, ASIDE_S)) == [0, 0, 1, 1]
 
 
@@ -48,7 +48,7 @@ def test_refusal_is_news_once() -> None:
     keys = pool(2)
     assert keys.refused(0, 0.0)
     assert not keys.refused(0, 1.0)
-    keys.accepted(0)
+    keys.accepted(0, 1.5)
     assert keys.refused(0, 2.0)
 
 
@@ -106,3 +106,24 @@ def test_states_say_what_they_are() -> None:
     assert repr(state) == "<KeyState rests_until=2.0>"
     keys.refused(0, 1.0)
     assert repr(keys) == "<KeyPool [<KeyState ASIDE until=601.0>]>"
+
+
+def test_answer_to_an_older_attempt_does_not_bring_a_refused_key_back() -> None:
+    keys = pool(2)
+    keys.refused(0, 5.0)
+    assert not keys.accepted(0, 4.0)
+    assert chosen(keys, 2, 6.0) == [1, 1]
+
+
+def test_limit_does_not_bring_a_refused_key_back() -> None:
+    keys = pool(2)
+    keys.refused(0, 0.0)
+    keys.limited(0, 0.0, 1.0)
+    assert chosen(keys, 2, 2.0) == [1, 1]
+
+
+def test_beginning_of_a_rest_is_news_once() -> None:
+    keys = pool(2)
+    assert keys.limited(0, 0.0, 10.0)
+    assert not keys.limited(0, 1.0, 10.0)
+    assert keys.limited(0, 11.0, 10.0)

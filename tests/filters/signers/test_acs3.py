@@ -222,6 +222,7 @@ CASES = {
     "path in UTF-8": request(path="/%E4%BD%A0%E5%A5%BD/~x/a%20b"),
     "root": request(path="/"),
     "slash at the end": request(path="/a//b/"),
+    "encoded slash": request(path="/a%2Fb%2f%2Fc"),
     "empty parameters": request(query="b=&a=&c=1"),
     "flattened array": request(query="Key.1=a&Key.2=b&Key.10=c"),
     "values to encode": request(query="a=%E4%BD%A0%20%2B%26%3D%7E*&b=%2f%3A"),
@@ -333,9 +334,12 @@ def test_spelling_of_query_and_path_does_not_matter() -> None:
     assert sign(request(path="/%61%3ab/~c", query="&a%20b=~c%2fd&&e=")).headers == tidy
 
 
-def test_encoded_slash_stays_one() -> None:
-    signed = sign(request(path="/a%2fb/c"))
-    assert signed.headers["Authorization"] == plain(path="/a%2Fb/c")
+@pytest.mark.parametrize("path", ["/a%2fb/c", "/a%2Fb%2Fc", "%2Fa/b/c"])
+def test_encoded_slash_is_signed_as_a_slash(path: str) -> None:
+    """The document encodes the decoded path, and so does the SDK."""
+    what = request(path=path)
+    assert sign(what).headers["Authorization"] == plain(path="/a/b/c")
+    assert_sdk_agrees(what, "/a/b/c", {})
 
 
 def test_bytes_that_are_no_text_are_signed_as_they_are() -> None:

@@ -46,8 +46,9 @@ def request(
     path: str = PATH,
     query: str = "",
     body: bytes = b"{}",
+    url_scheme: str = "https",
 ) -> Request:
-    return Request(method, host, path, query, headers, body)
+    return Request(method, host, path, query, headers, body, url_scheme)
 
 
 def sign(
@@ -71,7 +72,7 @@ def botocore(
     what: Request, token: str | None = None, options: Options = OPTIONS, now: float = NOW
 ) -> tuple[dict[str, str], str]:
     """The headers that botocore has, in lower case, after it signed; and the canonical request."""
-    url = f"https://{what.host}{what.path}" + (f"?{what.query}" if what.query else "")
+    url = f"{what.url_scheme}://{what.host}{what.path}" + (f"?{what.query}" if what.query else "")
     theirs = AWSRequest(method=what.method, url=url, data=what.body)
     for name, value in what.headers:
         theirs.headers.add_header(name, value)
@@ -133,11 +134,14 @@ NAMES = st.one_of(
 REQUESTS = st.builds(
     Request,
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE"]),
-    host=st.sampled_from([HOST, f"{HOST}:443", f"{HOST}:8443", "127.0.0.1:8080", "[::1]:8080"]),
+    host=st.sampled_from(
+        [HOST, f"{HOST}:443", f"{HOST}:80", f"{HOST}:8443", "127.0.0.1:8080", "[::1]:8080"]
+    ),
     path=PATHS,
     query=QUERIES,
     headers=st.lists(st.tuples(NAMES, VALUES), max_size=6).map(tuple),
     body=st.binary(max_size=64),
+    url_scheme=st.sampled_from(["https", "http"]),
 )
 TOKENS = st.none() | st.text("ABCxyz019+/=", min_size=1, max_size=40)
 SCOPES = st.builds(
@@ -174,6 +178,8 @@ CASES = {
     ),
     "bytes that are no text": request(path="/%FF", query="a=%FF%E4&%FE="),
     "default port": request(host=f"{HOST}:443"),
+    "default port of http": request(host=f"{HOST}:80", url_scheme="http"),
+    "the other's default port": request(host=f"{HOST}:80"),
     "other port": request(host="localhost:8000"),
     "no body": request(method="GET", body=b""),
     "large body": request(body=b"\x00\xff" * 512 * 1024),
@@ -213,6 +219,11 @@ def test_spelling_of_the_query_does_not_matter() -> None:
     assert sign(request(query="&a%20b=%7ec%2fd&&e=")).headers == plain
 
 
+def test_encoded_slash_stays_one_and_is_encoded_once_more() -> None:
+    lines = sign(request(path="/model/a%2Fb/c")).steps["canonical_request"].split("\n")
+    assert lines[1] == "/model/a%252Fb/c"
+
+
 def test_white_space_is_that_of_ascii_alone() -> None:
     """`str.split` of botocore would take a no-break space for one too."""
     lines = sign(request(("x-a", "a\u00a0\u00a0b \t c"))).steps["canonical_request"].split("\n")
@@ -250,10 +261,38 @@ def test_body_hash_is_no_header_unless_the_caller_sends_it() -> None:
     assert set(sign(request()).headers) == {"X-Amz-Date", "Authorization"}
 
 
-@pytest.mark.parametrize("port", ["", ":443", ":80"])
-def test_default_port_is_not_signed(port: str) -> None:
-    lines = sign(request(host=HOST + port)).steps["canonical_request"].split("\n")
-    assert f"host:{HOST}" in lines
+@pytest.mark.parametrize(
+    ("url_scheme", "host", "signed_host"),
+    [
+        ("https", HOST, HOST),
+        ("https", f"{HOST}:443", HOST),
+        ("https", f"{HOST}:80", f"{HOST}:80"),
+        ("https", f"{HOST}:8443", f"{HOST}:8443"),
+        ("http", HOST, HOST),
+        ("http", f"{HOST}:80", HOST),
+        ("http", f"{HOST}:443", f"{HOST}:443"),
+        ("http", f"{HOST}:8080", f"{HOST}:8080"),
+    ],
+)
+def test_port_is_signed_unless_it_is_the_default_of_the_url_s_scheme(
+    url_scheme: str, host: str, signed_host: str
+) -> None:
+    what = request(host=host, url_scheme=url_scheme)
+    assert f"host:{signed_host}" in sign(what).steps["canonical_request"].split("\n")
+
+
+@pytest.mark.parametrize("host", [f"{HOST}:443", f"{HOST}:80"])
+@pytest.mark.parametrize("url_scheme", ["https", "http", "wss", "ws"])
+def test_url_says_which_port_is_the_default(url_scheme: str, host: str) -> None:
+    vector = {
+        "scheme": "AWS4-HMAC-SHA256",
+        "credentials": {"access_key_id": KEY_ID, "secret_access_key": KEY},
+        "options": {"region": "us-east-1"},
+        "request": {"method": "GET", "url": f"{url_scheme}://{host}/"},
+    }
+    canonical_request = sign_vector(vector, now=NOW, nonce="")["intermediate"]["canonical_request"]
+    is_default = host.endswith(":443") == (url_scheme in ("https", "wss"))
+    assert f"host:{HOST if is_default else host}" in canonical_request.split("\n")
 
 
 @pytest.mark.parametrize("name", sorted(NEVER_SIGNED))

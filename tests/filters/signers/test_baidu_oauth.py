@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from filters.signers.baidu_oauth import SCHEME, Credentials, Options
-from filters.signers.scheme import CannotSign, Request, Signed, Token, TokenRequest
+from filters.signers.scheme import Request, Signed, TokenRequest
 from filters.signers.vector import BadVector, sign_vector
+from filters.stores.tokens import NoToken, Token
 from sidecar.api import Secret
 from tests.support.fetching import ask
 from tests.support.upstream import RawUpstream
@@ -125,21 +126,21 @@ def test_token_is_not_used_for_longer_than_the_provider_gives_any(expires_in: fl
 
 @pytest.mark.parametrize("expires_in", [0, -1, None, True, "2592000", [1], {}])
 def test_token_without_a_life_is_refused(expires_in: Any) -> None:
-    with pytest.raises(CannotSign, match="expires_in") as caught:
+    with pytest.raises(NoToken, match="expires_in") as caught:
         read(answer(expires_in=expires_in))
     assert ACCESS_TOKEN not in str(caught.value)
 
 
 @pytest.mark.parametrize("token", [5, "", "a b", "a\r\nb", "a" * 5000])
 def test_token_that_cannot_be_sent_is_refused(token: Any) -> None:
-    with pytest.raises(CannotSign, match="access_token that came cannot be sent"):
+    with pytest.raises(NoToken, match="access_token that came cannot be sent"):
         read(answer(access_token=token))
 
 
 @pytest.mark.parametrize("status", [200, 400, 401])
 @pytest.mark.parametrize("description", ["unknown client id", "Client authentication failed"])
 def test_error_tells_which_of_the_secrets_is_wrong(status: int, description: str) -> None:
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read({"error": "invalid_client", "error_description": description}, status)
     assert str(caught.value) == (
         f"instead of a token came status {status}: invalid_client: {description}"
@@ -147,7 +148,7 @@ def test_error_tells_which_of_the_secrets_is_wrong(status: int, description: str
 
 
 def test_error_does_not_tell_what_it_repeats_of_the_secrets() -> None:
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read({"error": "invalid_client", "error_description": f"no {CLIENT_ID}"}, 401)
     assert str(caught.value) == "instead of a token came status 401: invalid_client"
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from filters.signers.bce_auth_v1 import SCHEME, Credentials, Options
+from filters.signers.bce_auth_v1 import SCHEME, Credentials, Options, qianfan_status
 from filters.signers.scheme import Request, Signed
 from filters.signers.vector import sign_vector
 from sidecar.api import Secret
@@ -37,6 +37,7 @@ KEY_ID = "fakeak0123456789abcdef0123456789"
 KEY = "fakesk9876543210fedcba9876543210"
 OPTIONS = Options()
 DEFAULT_SET = Options(signed_headers=None)
+LISTED = Options(signed_headers=["host", "x-bce-date", "content-type", "appid"])
 JSON = ("content-type", "application/json")
 
 
@@ -85,8 +86,7 @@ class Pairs(list[tuple[bytes, bytes]]):
 def sdk(what: Request, token: str | None, options: Options, now: float) -> str:
     """The SDK's `Authorization`, for a query that is encoded in the one way and repeats no header.
 
-    It signs every `x-bce-*` and lists what it is told, and its client always signs the host: so
-    its list is made as ours is documented.
+    It lists what it is told, whether the request has it or not; of `all` it knows nothing.
     """
     headers = {b"host": what.host.encode()}
     for name, value in what.headers:
@@ -95,13 +95,14 @@ def sdk(what: Request, token: str | None, options: Options, now: float) -> str:
     if token is not None:
         headers[b"x-bce-security-token"] = token.encode()
     listed: list[bytes] | None = None
-    if options.signed_headers is not None:
-        wanted = {b"host", *(name.encode() for name in options.signed_headers)}
+    if options.signed_headers == "all":
         listed = sorted(
             name
             for name, value in headers.items()
-            if value.strip() and (name in wanted or name.startswith(b"x-bce-"))
+            if value.strip() and (name in (b"content-type", b"host") or name.startswith(b"x-bce-"))
         )
+    elif options.signed_headers is not None:
+        listed = sorted(name.encode() for name in options.signed_headers)
     params = Pairs()
     for each in what.query.split("&") if what.query else ():
         key, _, text = each.partition("=")
@@ -151,9 +152,10 @@ def test_vector(vector: dict[str, Any]) -> None:
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 SEGMENTS = st.one_of(
-    TEXT.filter(lambda text: "/" not in text).map(lambda text: quote(text, safe="")),
-    TEXT.filter(lambda text: "/" not in text).map(lambda text: quote(text, safe="~!$&'()*+,;=:@")),
+    TEXT.map(lambda text: quote(text, safe="")),
+    TEXT.map(lambda text: quote(text, safe="~!$&'()*+,;=:@")),
     st.sampled_from(["", ".", "..", "%2E%2E", "~a", "%7Ea", "v1:0", "v1%3A0", "a+b", "%ff"]),
+    st.sampled_from(["%2F", "a%2fb"]),
 )
 PATHS = st.lists(SEGMENTS, max_size=6).map(lambda segments: "/" + "/".join(segments))
 PARAMETERS = st.tuples(TEXT.filter(lambda name: name.lower() != "authorization"), TEXT)
@@ -185,7 +187,8 @@ TOKENS = st.none() | st.text("ABCxyz019+/=|", min_size=1, max_size=40)
 OPTION_SETS = st.builds(
     Options,
     expiration_seconds=st.integers(1, 100_000),
-    signed_headers=st.none() | st.lists(NAMES | st.sampled_from(["host", "x-bce-date"])),
+    signed_headers=st.sampled_from(["all", None])
+    | st.lists(NAMES | st.sampled_from(["host", "x-bce-date"]), min_size=1),
 )
 TIMES = st.floats(min_value=1, max_value=4_000_000_000).map(lambda now: round(now, 3))
 
@@ -214,6 +217,7 @@ CASES = {
         ("x-bce-a", "1"), ("x-bce-a-b", "2"), ("x-bce-a1", "3")
     ),
     "path in UTF-8": request(path="/%E4%BD%A0%E5%A5%BD/~x/%7Ey"),
+    "encoded slash": request(path="/a%2Fb%2f%2Fc"),
     "path with what others leave unencoded": request(path="/v1:0/a+b/(c)/!*'"),
     "repeated parameters": request(query="b=2&a=2&b=1&a=&a=1"),
     "empty parameters": request(query="flag&other=&=x"),
@@ -229,7 +233,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("token", [None, "FwoGZXIvYXdzEFAKE/token+=="], ids=["", "token"])
-@pytest.mark.parametrize("options", [OPTIONS, DEFAULT_SET], ids=["listed", "default set"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS, LISTED, DEFAULT_SET], ids=["all", "listed", "default set"]
+)
 def test_sdk_signs_alike(case: str, token: str | None, options: Options) -> None:
     assert_sdk_agrees(CASES[case], token, options)
 
@@ -261,10 +267,11 @@ def test_spelling_of_path_and_query_does_not_matter() -> None:
     assert sign(request(path="/a%20b/~c", query="&e=&&a%20b=~c/d")).headers == expected
 
 
-def test_encoded_slash_stays_one() -> None:
-    signed = sign(request(path="/a%2fb/c"))
-    assert lines(signed)[1] == "/a%2Fb/c"
-    canonical = f"POST\n/a%2Fb/c\n\nhost:{HOST}\nx-bce-date:{quote(DATE)}"
+@pytest.mark.parametrize("path", ["/a%2fb/c", "/a%2Fb%2Fc", "%2Fa/b/c"])
+def test_encoded_slash_is_signed_as_a_slash(path: str) -> None:
+    signed = sign(request(path=path))
+    assert lines(signed)[1] == "/a/b/c"
+    canonical = f"POST\n/a/b/c\n\nhost:{HOST}\nx-bce-date:{quote(DATE)}"
     assert signed.headers["Authorization"] == plain(canonical.encode(), "host;x-bce-date")
 
 
@@ -304,29 +311,65 @@ def test_parameter_that_only_looks_like_a_signature_stays() -> None:
 SENT = (("accept", "*/*"), ("appid", "1"), JSON, ("content-length", "2"), ("x-bce-a", "1"))
 
 
-def test_type_host_and_every_x_bce_are_signed_by_default() -> None:
-    signed = sign(request(*SENT), "token")
+def covered(signed: Signed) -> list[str]:
+    """The names of the headers that are in the canonical request."""
+    return [line.split(":")[0] for line in lines(signed)[3:]]
+
+
+@pytest.mark.parametrize("options", [OPTIONS, Options(signed_headers="all")], ids=["", "all"])
+def test_type_host_and_every_x_bce_are_signed_and_listed_by_default(options: Options) -> None:
+    signed = sign(request(*SENT), "token", options)
     assert names(signed) == "content-type;host;x-bce-a;x-bce-date;x-bce-security-token"
-    assert [line.split(":")[0] for line in lines(signed)[3:]] == names(signed).split(";")
+    assert covered(signed) == names(signed).split(";")
 
 
-@pytest.mark.parametrize("listed", [[], ["X-Bce-Date"], ["host", "missing"], ["HOST", "host"]])
-def test_host_and_every_x_bce_are_signed_whatever_is_listed(listed: list[str]) -> None:
+@pytest.mark.parametrize("sent", [(), (("content-type", ""),), (("content-type", " \t"),)])
+def test_type_is_not_listed_by_default_when_there_is_none(sent: Any) -> None:
+    signed = sign(request(*sent, ("content-length", "2"), ("content-md5", "x")))
+    assert names(signed) == "host;x-bce-date"
+    assert covered(signed) == ["host", "x-bce-date"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "written", "signed_names"),
+    [
+        (["host", "x-bce-date"], "host;x-bce-date", ["host", "x-bce-a", "x-bce-date"]),
+        # Sorted, and in lower case.
+        (
+            ["X-Bce-Date", "HOST", "AppId", "accept"],
+            "accept;appid;host;x-bce-date",
+            ["accept", "appid", "host", "x-bce-a", "x-bce-date"],
+        ),
+        # The request has no such headers.
+        (
+            ["x-bce-missing", "missing", "host"],
+            "host;missing;x-bce-missing",
+            ["host", "x-bce-a", "x-bce-date"],
+        ),
+        # Nothing is added to it.
+        (["content-type"], "content-type", ["content-type", "x-bce-a", "x-bce-date"]),
+    ],
+)
+def test_list_is_written_as_given_and_signed_as_far_as_it_is_there_with_every_x_bce(
+    listed: list[str], written: str, signed_names: list[str]
+) -> None:
     signed = sign(request(*SENT), options=Options(signed_headers=listed))
-    assert names(signed) == "host;x-bce-a;x-bce-date"
+    assert names(signed) == written
+    assert covered(signed) == signed_names
 
 
-def test_header_is_signed_when_it_is_listed() -> None:
-    signed = sign(request(*SENT), options=Options(signed_headers=["AppId", "accept"]))
-    assert names(signed) == "accept;appid;host;x-bce-a;x-bce-date"
+def test_token_is_signed_and_not_listed_unless_it_is_named() -> None:
+    bare = sign(request(), "token", Options(signed_headers=["host"]))
+    assert names(bare) == "host"
+    assert covered(bare) == ["host", "x-bce-date", "x-bce-security-token"]
+    named = Options(signed_headers=["host", "x-bce-security-token"])
+    assert names(sign(request(), "token", named)) == "host;x-bce-security-token"
 
 
-def test_no_list_stands_for_the_default_set() -> None:
+def test_null_stands_for_the_default_set_and_writes_no_list() -> None:
     signed = sign(request(*SENT), options=DEFAULT_SET)
     assert names(signed) == ""
-    assert [line.split(":")[0] for line in lines(signed)[3:]] == [
-        *("content-length", "content-type", "host", "x-bce-a", "x-bce-date")
-    ]
+    assert covered(signed) == [*("content-length", "content-type", "host", "x-bce-a", "x-bce-date")]
 
 
 # What the caller sends of its own
@@ -369,6 +412,8 @@ def test_body_is_no_part_of_the_signature() -> None:
         ("expiration_seconds", -1),
         ("expiration_seconds", 1.5),
         ("signed_headers", "host"),
+        ("signed_headers", "ALL"),
+        ("signed_headers", ""),
         ("signed_headers", [""]),
         ("signed_headers", ["host;x-bce-date"]),
         ("signed_headers", ["a/b"]),
@@ -405,3 +450,30 @@ def test_answer_to_a_clock_that_is_off_is_known(answer: bytes) -> None:
 @pytest.mark.parametrize("code", [b"SignatureDoesNotMatch", b"InvalidAccessKeyId", b"AccessDenied"])
 def test_answer_to_a_wrong_key_is_not_taken_for_one(code: bytes) -> None:
     assert not any(mark in b'{"code":"%b"}' % code for mark in SCHEME.expired)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b'{"error_code":4,"error_msg":"Open api request limit reached"}', 429),
+        (b'{"error_code":14,"error_msg":"IAM Certification failed"}', 401),
+        (b'{"error_code":18,"error_msg":"Open api qps request limit reached"}', 429),
+        (b'{"error_msg":"Rate limit reached for RPM", "error_code" : 336501, "id":"as-1"}', 429),
+        (b'{"error_code":336502,"error_msg":"Rate limit reached for TPM"}', 429),
+        (b'{"error_code":336100,"error_msg":"try again"}', None),
+        (b'{"error_code":1,"error_msg":"Unknown error"}', None),
+        (b'{"error_code":"18"}', None),
+        (b'{"id":"as-1","object":"chat.completion","result":"error_code 18"}', None),
+        (b'{"id":"as-1","result":"{\\"error_code\\": 18}"}', None),
+        (b"", None),
+    ],
+)
+def test_error_within_a_200_is_known_by_its_code(answer: bytes, status: int | None) -> None:
+    assert qianfan_status(answer) == status
+    assert SCHEME.status_within_200 is qianfan_status
+
+
+def test_list_of_no_headers_is_refused_and_a_repeated_name_counts_once() -> None:
+    with pytest.raises(ValueError, match="name at least `host`"):
+        Options(signed_headers=[])
+    assert Options(signed_headers=["HOST", "host"]).signed_headers == ["host"]

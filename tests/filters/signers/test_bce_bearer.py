@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from filters.signers.bce_auth_v1 import Credentials
 from filters.signers.bce_bearer import SCHEME, Options
-from filters.signers.scheme import CannotSign, Request, Token, TokenRequest
+from filters.signers.scheme import Request, TokenRequest
 from filters.signers.vector import BadVector, sign_vector
+from filters.stores.tokens import NoToken, Token
 from sidecar.api import Secret
 from tests.support.fetching import ask
 from tests.support.upstream import RawUpstream
@@ -189,7 +190,7 @@ def test_token_is_not_used_for_longer_than_the_provider_gives_any(end: str) -> N
 def test_token_that_cannot_be_used_is_refused_without_being_shown(
     fields: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(CannotSign, match=problem) as caught:
+    with pytest.raises(NoToken, match=problem) as caught:
         read(answer(**fields))
     assert "hidden" not in str(caught.value)
 
@@ -205,7 +206,7 @@ def test_token_that_cannot_be_used_is_refused_without_being_shown(
 )
 def test_error_is_told_with_its_code_alone(status: int, code: str) -> None:
     message = f"The Access Key ID {KEY_ID} you provided does not exist in our records."
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read({"requestId": "47e0ef1a", "code": code, "message": message}, status)
     assert str(caught.value) == f"instead of a token came status {status}: {code}"
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from filters.signers.exchange import LONGEST_TOKEN, TokenUrl, read_token
-from filters.signers.scheme import CannotSign
+from filters.stores.tokens import NoToken
 
 
 class Settings(BaseModel):
@@ -56,26 +56,26 @@ def test_token_comes_with_the_fields_beside_it(status: int) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\xff", b'{"token":', b"NaN", b"[]", b'"a"'])
 def test_answer_without_a_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(CannotSign, match="status 502 without a JSON object"):
+    with pytest.raises(NoToken, match="status 502 without a JSON object"):
         read_token("token", 502, body, ())
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 500])
 def test_words_that_are_known_are_told_of_an_error(status: int) -> None:
     answer = {"error": "known", "more": ["known"], "at": 5, "description": "also known"}
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read(answer, status)
     assert str(caught.value) == f"instead of a token came status {status}: known: also known"
 
 
 def test_other_words_are_not_told_for_they_may_repeat_a_secret() -> None:
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read({"error": "known", "description": "no such key as hidden"}, 401)
     assert str(caught.value) == "instead of a token came status 401: known"
 
 
 def test_token_of_an_answer_that_is_no_success_is_not_taken() -> None:
-    with pytest.raises(CannotSign, match=r"came status 500$"):
+    with pytest.raises(NoToken, match=r"came status 500$"):
         read({"token": "hidden"}, 500)
 
 
@@ -87,6 +87,6 @@ def test_token_of_an_answer_that_is_no_success_is_not_taken() -> None:
     ],
 )
 def test_token_that_cannot_be_sent_is_refused_without_being_shown(token: Any) -> None:
-    with pytest.raises(CannotSign, match="the token that came cannot be sent") as caught:
+    with pytest.raises(NoToken, match="the token that came cannot be sent") as caught:
         read({"token": token})
     assert "hidden" not in str(caught.value)

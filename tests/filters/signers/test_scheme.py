@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 from itertools import pairwise
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, quote_plus, unquote
 
 import pytest
 from hypothesis import given
@@ -47,7 +47,9 @@ def test_encoding_keeps_unreserved_characters_alone(text: str) -> None:
     [
         ("/", "/"),
         ("/a/b", "/a/b"),
-        ("/a%2Fb/c", "/a%2Fb/c"),
+        ("/a%2Fb%2fc/d", "/a/b/c/d"),
+        ("/a%252Fb", "/a%252Fb"),
+        ("/a//b/../c/.", "/a//b/../c/."),
         ("/%e6%b5%8b", "/%E6%B5%8B"),
         ("/%41~%7e", "/A~~"),
         ("/a+b:c", "/a%2Bb%3Ac"),
@@ -58,7 +60,13 @@ def test_encoding_keeps_unreserved_characters_alone(text: str) -> None:
 )
 def test_every_spelling_of_a_path_has_one_canonical_form(path: str, canonical: str) -> None:
     assert encode_path(path) == canonical
-    assert encode_path(encode_path(path)) == canonical
+
+
+@given(st.lists(TEXT, max_size=5))
+def test_canonical_path_says_the_decoded_path(segments: list[str]) -> None:
+    path = "/" + "/".join(segments)
+    for spelling in (quote(path), quote(path, safe=""), quote(path, safe="/~:!$&'()*+,;=@")):
+        assert encode_path(spelling) == quote(path, safe="/~")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,7 @@ def test_bytes_that_are_no_text_survive_the_canonical_form() -> None:
 )
 def test_parameters_that_are_put_replace_those_of_their_name(query: str, result: str) -> None:
     assert with_parameters(query, {"key": "k/ "}) == result
+    assert with_parameters(query, {"key": "k/ "}, quote_plus) == result.replace("%20", "+")
 
 
 @given(st.dictionaries(TEXT.filter(bool), TEXT, max_size=4))
@@ -117,6 +126,11 @@ def test_header_is_trimmed_and_its_repeats_are_joined() -> None:
     made = request(headers=(("a", " 1 "), ("b", "2"), ("a", "\t3")))
     assert made.header("a") == "1,3"
     assert made.header("c") is None
+
+
+def test_request_goes_by_https_unless_it_says_otherwise() -> None:
+    assert request().url_scheme == "https"
+    assert Request._fields[-1] == "url_scheme"
 
 
 # Plain schemes
@@ -165,6 +179,26 @@ def test_plain_schemes_put_the_key_where_the_provider_reads_it(
     signed = sign_vector(vector, now=0.0, nonce="")
     assert signed["headers"] == headers
     assert signed["url"] == f"https://a.test/v1{query}"
+
+
+@pytest.mark.parametrize(
+    ("query", "wire"),
+    [
+        ("key=theirs", ""),
+        ("a=%2f&key=theirs&b", "?a=%2f&b"),
+        ("k%65y=theirs&a=1&key", "?a=1"),
+        ("keys=1&a=key", "?keys=1&a=key"),
+    ],
+)
+def test_google_s_key_in_the_query_is_taken_off(query: str, wire: str) -> None:
+    vector = {
+        "scheme": "x-goog-api-key",
+        "credentials": {"key": "k"},
+        "request": {"method": "GET", "url": f"https://a.test/v1?{query}"},
+    }
+    signed = sign_vector(vector, now=0.0, nonce="")
+    assert signed["headers"] == {"x-goog-api-key": "k"}
+    assert signed["url"] == f"https://a.test/v1{wire}"
 
 
 # Every scheme

@@ -22,7 +22,7 @@ from tencentcloud.common.profile.client_profile import ClientProfile
 from tencentcloud.common.profile.http_profile import HttpProfile
 
 from filters.signers.scheme import CannotSign, Request, Signed
-from filters.signers.tc3 import SCHEME, Credentials, Options
+from filters.signers.tc3 import SCHEME, Credentials, Options, status_of
 from filters.signers.vector import sign_vector
 from sidecar.api import Secret
 from tests.support.vectors import vectors_of
@@ -498,3 +498,31 @@ def test_answer_to_a_clock_that_is_off_is_known() -> None:
 def test_answer_to_a_wrong_key_or_an_old_token_is_not_taken_for_one(code: bytes) -> None:
     answer = b'{"Response":{"Error":{"Code":"%b"},"RequestId":"1"}}' % code
     assert not any(mark in answer for mark in SCHEME.expired)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("AuthFailure.SecretIdNotFound", 401),
+        ("AuthFailure.SignatureFailure", 401),
+        ("AuthFailure.SignatureExpire", 401),
+        ("RequestLimitExceeded", 429),
+        ("RequestLimitExceeded.UinLimitExceeded", 429),
+        ("LimitExceeded", 429),
+        ("LimitExceeded.Quota", None),
+        ("InvalidParameter", None),
+        ("InternalError", None),
+    ],
+)
+def test_error_within_a_200_is_known_by_its_code(code: str, status: int | None) -> None:
+    error = {"Code": code, "Message": "AuthFailure."}
+    answer = {"Response": {"Error": error, "RequestId": "1"}}
+    assert status_of(json.dumps(answer).encode()) == status
+    assert status_of(json.dumps(answer, indent=1).encode()) == status
+    assert SCHEME.status_within_200 is status_of
+
+
+def test_answer_that_speaks_of_an_error_is_none() -> None:
+    text = json.dumps({"Error": {"Code": "AuthFailure.SecretIdNotFound"}})
+    answer = {"Response": {"Choices": [{"Message": {"Content": text}}], "RequestId": "1"}}
+    assert status_of(json.dumps(answer).encode()) is None

@@ -120,17 +120,20 @@ def test_vector(vector: dict[str, Any]) -> None:
 # Against the provider's signer
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
-# The SDK has the path decoded, so no slash within a segment.
-PATHS = TEXT.map(lambda text: "/" + quote(text))
+PATHS = TEXT.map(lambda text: "/" + quote(text, safe="")) | TEXT.map(
+    lambda text: "/" + quote(text, safe="/~!$&'()*+,;=:@")
+)
 PAIRS = st.lists(st.tuples(TEXT.filter(bool), TEXT), max_size=5)
 VALUES = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=20)
 NAMES = st.one_of(
     st.sampled_from(["content-md5", "accept", "user-agent", "traceparent"]),
     st.from_regex(r"x-[a-z]{1,8}", fullmatch=True).filter(lambda name: name != "x-date"),
 )
-HEADERS = st.dictionaries(NAMES, VALUES, max_size=5).map(
-    # Without one the SDK would send a content type of its own.
-    lambda headers: (JSON, *headers.items())
+TYPES = st.sampled_from([(), (JSON,), (("content-type", ""),)])
+HEADERS = st.builds(
+    lambda types, headers: (*types, *headers.items()),
+    TYPES,
+    st.dictionaries(NAMES, VALUES, max_size=5),
 )
 TOKENS = st.none() | st.text("ABCxyz019+/=", min_size=1, max_size=40)
 SCOPES = st.builds(
@@ -177,6 +180,9 @@ def test_sdk_signs_any_request_alike(
 CASES = {
     "plain": request(),
     "path in UTF-8": request(path="/%E4%BD%A0%E5%A5%BD/~x/a%2Bb"),
+    "encoded slash": request(path="/a%2Fb%2f%2Fc"),
+    "no content type": request(("accept", "*/*")),
+    "no content type of a GET": request(("accept", "*/*"), method="GET", body=b""),
     "repeated parameters in their order": request(query="b=2&a=2&b=1&a=&a=1"),
     "empty parameters": request(query="flag&other="),
     "encoded parameters": request(query="a-b=1&z=~%7E&a.b=2&A=%20%2B%26%3D&a=%E4%BD%A0"),
@@ -224,8 +230,13 @@ def test_parameters_are_sorted_as_they_are_encoded() -> None:
 
 
 def test_spelling_of_path_and_query_does_not_matter() -> None:
-    plain = sign(request(path="/a~%2Fb%20c", query="a%20b=%7Ec%2Fd&e=")).headers
-    assert sign(request(path="/%61%7e%2fb%20c", query="&a+b=~c/d&&e")).headers == plain
+    plain = sign(request(path="/a~/b%20c", query="a%20b=%7Ec%2Fd&e=")).headers
+    assert sign(request(path="/%61%7e/b%20c", query="&a+b=~c/d&&e")).headers == plain
+
+
+@pytest.mark.parametrize("path", ["/a%2fb/c", "/a%2Fb%2Fc", "%2Fa/b/c"])
+def test_encoded_slash_is_signed_as_a_slash(path: str) -> None:
+    assert canonical_lines(sign(request(path=path)))[1] == "/a/b/c"
 
 
 def test_repeated_and_padded_headers_are_signed_as_one_trimmed_value() -> None:
@@ -243,10 +254,10 @@ def test_repeated_and_padded_headers_are_signed_as_one_trimmed_value() -> None:
 
 def test_bytes_that_are_no_text_are_signed_as_they_are() -> None:
     value = b"caf\xe9\xa0".decode(errors="surrogateescape")
-    signed = sign(request(("x-a", value), path="/%FF", query="a=%FF&%FE="))
+    signed = sign(request(("x-a", value), method="GET", path="/%FF", query="a=%FF&%FE="))
     hashed = sha256(b"{}").hexdigest().encode()
     canonical_request = (
-        b"POST\n/%FF\n%FE=&a=%FF\nhost:" + HOST.encode() + b"\nx-a:caf\xe9\xa0\n"
+        b"GET\n/%FF\n%FE=&a=%FF\nhost:" + HOST.encode() + b"\nx-a:caf\xe9\xa0\n"
         b"x-content-sha256:" + hashed + b"\nx-date:20240701T080000Z\n\n"
         b"host;x-a;x-content-sha256;x-date\n" + hashed
     )
@@ -280,6 +291,42 @@ def test_only_the_chosen_headers_are_signed_as_far_as_they_are_there() -> None:
     assert set(signed.headers) == {
         *("Authorization", "X-Content-Sha256", "X-Date", "X-Security-Token")
     }
+
+
+BARE = ("accept", "*/*")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "HEAD"])
+@pytest.mark.parametrize("body", [b"", b"{}"])
+def test_content_type_of_the_sdks_is_sent_and_signed_where_there_is_none(
+    method: str, body: bytes
+) -> None:
+    signed = sign(request(BARE, method=method, body=body))
+    content_type = "application/x-www-form-urlencoded; charset=utf-8"
+    assert signed.headers["Content-Type"] == content_type
+    assert f"content-type:{content_type}" in canonical_lines(signed)
+    assert "SignedHeaders=content-type;host;" in signed.headers["Authorization"]
+
+
+def test_content_type_of_a_get_is_not_made_up() -> None:
+    signed = sign(request(BARE, method="GET"))
+    assert "Content-Type" not in signed.headers
+    assert "SignedHeaders=host;x-content-sha256;x-date, " in signed.headers["Authorization"]
+
+
+@pytest.mark.parametrize("sent", ["text/plain", ""])
+def test_content_type_of_the_caller_stays(sent: str) -> None:
+    signed = sign(request(("content-type", sent)))
+    assert "Content-Type" not in signed.headers
+    assert f"content-type:{sent}" in canonical_lines(signed)
+
+
+@pytest.mark.parametrize("listed", [["host", "x-date"], ["content-type", "host", "x-date"]])
+def test_content_type_is_not_made_up_where_the_signed_headers_are_chosen(listed: list[str]) -> None:
+    options = Options(region="cn-beijing", service="ark", signed_headers=listed)
+    signed = sign(request(BARE), options=options)
+    assert "Content-Type" not in signed.headers
+    assert "SignedHeaders=host;x-date, " in signed.headers["Authorization"]
 
 
 def test_hash_of_the_body_is_signed_without_its_header() -> None:

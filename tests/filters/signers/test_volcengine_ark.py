@@ -15,9 +15,10 @@ from volcengine.base.Request import Request as SdkRequest
 from volcengine.Credentials import Credentials as SdkCredentials
 
 from filters.signers.exchange import LONGEST_TOKEN
-from filters.signers.scheme import CannotSign, Request, Token, TokenRequest
+from filters.signers.scheme import Request, TokenRequest
 from filters.signers.vector import BadVector, sign_vector
 from filters.signers.volcengine_ark import ERRORS, SCHEME, Credentials, Options
+from filters.stores.tokens import NoToken, Token
 from sidecar.api import Secret
 from tests.support.fetching import ask
 from tests.support.upstream import RawUpstream
@@ -192,14 +193,14 @@ def test_key_is_not_used_for_longer_than_the_provider_gives_any(expired_time: An
 def test_key_that_cannot_be_used_is_refused_without_being_shown(
     fields: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(CannotSign, match=problem) as caught:
+    with pytest.raises(NoToken, match=problem) as caught:
         read(result(**fields))
     assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\xff", b'{"Result":', b"NaN"])
 def test_answer_without_json_is_refused(body: bytes) -> None:
-    with pytest.raises(CannotSign, match="answered 502 without JSON"):
+    with pytest.raises(NoToken, match="answered 502 without JSON"):
         EXCHANGE.read(502, body, NOW)
 
 
@@ -207,12 +208,12 @@ def test_answer_without_json_is_refused(body: bytes) -> None:
     "answer", [[], None, "text", {"Result": []}, {"ResponseMetadata": {"Error": None}}]
 )
 def test_json_of_another_shape_is_refused(answer: Any) -> None:
-    with pytest.raises(CannotSign, match="answered 200 without a key"):
+    with pytest.raises(NoToken, match="answered 200 without a key"):
         read(answer)
 
 
 def test_key_of_an_answer_that_is_no_success_is_not_taken() -> None:
-    with pytest.raises(CannotSign, match="answered 500 without a key"):
+    with pytest.raises(NoToken, match="answered 500 without a key"):
         read(result(ApiKey=API_KEY, ExpiredTime=NOW + DAY_S), 500)
 
 
@@ -222,7 +223,7 @@ def test_key_of_an_answer_that_is_no_success_is_not_taken() -> None:
 @pytest.mark.parametrize("status", [200, 400, 401, 403])
 def test_error_is_told_with_its_code_and_message(status: int) -> None:
     message = "The signature of the request is expired."
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read(error("InvalidTimestamp", message), status)
     assert str(caught.value) == f"GetApiKey was answered {status}: InvalidTimestamp: {message}"
 
@@ -236,14 +237,14 @@ def test_error_is_told_with_its_code_and_message(status: int) -> None:
     ],
 )
 def test_message_that_may_name_a_credential_is_not_shown(message: Any) -> None:
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read(error("InvalidAccessKey", message), 401)
     assert str(caught.value) == "GetApiKey was answered 401: InvalidAccessKey"
 
 
 @pytest.mark.parametrize("code", [None, "", 100009, ["InvalidAccessKey"], KEY_ID, f"a {KEY}"])
 def test_unknown_code_is_not_shown(code: Any) -> None:
-    with pytest.raises(CannotSign) as caught:
+    with pytest.raises(NoToken) as caught:
         read(error(code, "why"), 400)
     assert str(caught.value) == "GetApiKey was answered 400"
 

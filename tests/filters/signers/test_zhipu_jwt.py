@@ -144,7 +144,7 @@ def test_refused_key_of_a_vector_is_not_shown_either() -> None:
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize("ttl_ms", [0, -1, 999])
+@pytest.mark.parametrize("ttl_ms", [0, -1])
 def test_token_that_is_over_at_once_is_refused(ttl_ms: int) -> None:
     with pytest.raises(ValidationError, match="ttl_ms"):
         Options(ttl_ms=ttl_ms)
