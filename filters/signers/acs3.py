@@ -8,23 +8,24 @@ scheme `bearer`.
 from __future__ import annotations
 
 import hmac
-import time
 from hashlib import sha256
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from filters.signers.scheme import (
-    CannotSign,
-    Request,
-    Scheme,
-    Signed,
-    encode,
-    encode_path,
-    parameters,
-)
 from filters.signers.scheme import Credentials as BaseCredentials
 from filters.signers.scheme import Options as BaseOptions
-from sidecar.api import Secret, sendable_value
+from filters.signers.scheme import (
+    Request,
+    Scheme,
+    SendableSecret,
+    Signed,
+    chosen,
+    encode,
+    encode_path,
+    extended_time,
+    parameters,
+)
+from sidecar.api import Secret
 
 ALGORITHM = "ACS3-HMAC-SHA256"
 TOKEN = r"^[A-Za-z0-9._-]+$"
@@ -49,16 +50,9 @@ CLOCK_IS_OFF = (
 class Credentials(BaseCredentials):
     """An AccessKey pair, or a temporary one of STS: then with `security_token`."""
 
-    access_key_id: Secret
+    access_key_id: SendableSecret
     access_key_secret: Secret
-    security_token: Secret | None = None
-
-    @field_validator("access_key_id", "security_token")
-    @classmethod
-    def _can_be_sent(cls, value: Secret | None) -> Secret | None:
-        if value is not None:
-            sendable_value(value.reveal())
-        return value
+    security_token: SendableSecret | None = None
 
 
 class Options(BaseOptions):
@@ -75,9 +69,9 @@ def sign(
 ) -> Signed:
     body_hash = sha256(request.body or b"").hexdigest()
     headers = {
-        "x-acs-action": _chosen(options.action, "action", request),
-        "x-acs-version": _chosen(options.version, "version", request),
-        "x-acs-date": _date_time(now),
+        "x-acs-action": chosen(options.action, "action", "x-acs-action", request),
+        "x-acs-version": chosen(options.version, "version", "x-acs-version", request),
+        "x-acs-date": extended_time(now),
         "x-acs-signature-nonce": nonce,
         "x-acs-content-sha256": body_hash,
     }
@@ -99,25 +93,6 @@ def sign(
     )
     steps = {"canonical_request": canonical_request, "string_to_sign": string_to_sign}
     return Signed(headers, steps=steps)
-
-
-def _chosen(option: str | None, name: str, request: Request) -> str:
-    found = option or request.header(f"x-acs-{name}")
-    if not found:
-        raise CannotSign(
-            f"the {name} is not known: send it in the header x-acs-{name}, "
-            f"or set the option `{name}` of this upstream's signing"
-        )
-    return found
-
-
-def _date_time(now: float) -> str:
-    """In UTC, such as `2024-07-01T08:00:00Z`."""
-    clock = time.gmtime(now)
-    return (
-        f"{clock.tm_year:04}-{clock.tm_mon:02}-{clock.tm_mday:02}"
-        f"T{clock.tm_hour:02}:{clock.tm_min:02}:{clock.tm_sec:02}Z"
-    )
 
 
 def _canonical_query(query: str) -> str:

@@ -7,16 +7,22 @@ takes an API key as well: that is scheme `bearer`.
 from __future__ import annotations
 
 import hmac
-import time
 from hashlib import sha256
 from urllib.parse import quote
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from filters.signers.scheme import Credentials as BaseCredentials
 from filters.signers.scheme import Options as BaseOptions
-from filters.signers.scheme import Request, Scheme, Signed, encoded_parameters
-from sidecar.api import Secret, sendable_value
+from filters.signers.scheme import (
+    Request,
+    Scheme,
+    SendableSecret,
+    Signed,
+    basic_time,
+    encoded_parameters,
+)
+from sidecar.api import Secret
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 END = "aws4_request"
@@ -43,16 +49,9 @@ CLOCK_IS_OFF = (
 class Credentials(BaseCredentials):
     """Long-lived keys, or temporary ones of STS: then with `session_token`."""
 
-    access_key_id: Secret
+    access_key_id: SendableSecret
     secret_access_key: Secret
-    session_token: Secret | None = None
-
-    @field_validator("access_key_id", "session_token")
-    @classmethod
-    def _can_be_sent(cls, value: Secret | None) -> Secret | None:
-        if value is not None:
-            sendable_value(value.reveal())
-        return value
+    session_token: SendableSecret | None = None
 
 
 class Options(BaseOptions):
@@ -68,9 +67,8 @@ class Options(BaseOptions):
 def sign(
     request: Request, credentials: Credentials, options: Options, now: float, nonce: str
 ) -> Signed:
-    clock = time.gmtime(now)
-    date = f"{clock.tm_year:04}{clock.tm_mon:02}{clock.tm_mday:02}"
-    date_time = f"{date}T{clock.tm_hour:02}{clock.tm_min:02}{clock.tm_sec:02}Z"
+    date_time = basic_time(now)
+    date = date_time[:8]
     body_hash = sha256(request.body or b"").hexdigest()
 
     headers = {"X-Amz-Date": date_time}

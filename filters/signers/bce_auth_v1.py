@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import re
-import time
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator
@@ -18,13 +17,15 @@ from filters.signers.scheme import Options as BaseOptions
 from filters.signers.scheme import (
     Request,
     Scheme,
+    SendableSecret,
     Signed,
     encode,
     encode_path,
     encoded_parameters,
+    extended_time,
     parameters,
 )
-from sidecar.api import Secret, sendable_value
+from sidecar.api import Secret
 
 VERSION = "bce-auth-v1"
 PREFIX = "x-bce-"
@@ -46,16 +47,9 @@ WHITE_SPACE = " \t\n\r\v\f"
 class Credentials(BaseCredentials):
     """An access key pair, or a temporary one of STS: then with `security_token`."""
 
-    access_key_id: Secret
+    access_key_id: SendableSecret
     secret_access_key: Secret
-    security_token: Secret | None = None
-
-    @field_validator("access_key_id", "security_token")
-    @classmethod
-    def _can_be_sent(cls, value: Secret | None) -> Secret | None:
-        if value is not None:
-            sendable_value(value.reveal())
-        return value
+    security_token: SendableSecret | None = None
 
 
 class Options(BaseOptions):
@@ -86,11 +80,7 @@ class Options(BaseOptions):
 def sign(
     request: Request, credentials: Credentials, options: Options, now: float, nonce: str
 ) -> Signed:
-    clock = time.gmtime(now)
-    date = (
-        f"{clock.tm_year:04}-{clock.tm_mon:02}-{clock.tm_mday:02}"
-        f"T{clock.tm_hour:02}:{clock.tm_min:02}:{clock.tm_sec:02}Z"
-    )
+    date = extended_time(now)
     headers = {"x-bce-date": date}
     if credentials.security_token is not None:
         headers["x-bce-security-token"] = credentials.security_token.reveal()

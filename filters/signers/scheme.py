@@ -6,14 +6,17 @@ command `sidecar sign` bring the request, the credentials and the time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote, unquote_plus, unquote_to_bytes
 
+from pydantic import AfterValidator
+
 from filters.stores.tokens import Token
-from sidecar.api import FilterConfig
+from sidecar.api import FilterConfig, Secret, sendable_value
 
 NO_STEPS: Mapping[str, str] = MappingProxyType({})
 
@@ -120,6 +123,44 @@ class Scheme:
     exchange: Exchange | None = None
     is_fixed: bool = False
     """The same headers sign every request at any time, and nothing of it is looked at."""
+
+
+def _sendable(secret: Secret) -> Secret:
+    sendable_value(secret.reveal())
+    return secret
+
+
+SendableSecret = Annotated[Secret, AfterValidator(_sendable)]
+"""A secret that goes into a header as it is."""
+
+
+def chosen(option: str | None, name: str, header: str, request: Request) -> str:
+    """What the option `name` says, or else the caller in `header`. Raises `CannotSign`."""
+    found = option or request.header(header.lower())
+    if not found:
+        raise CannotSign(
+            f"the {name} is not known: send it in the header {header}, "
+            f"or set the option `{name}` of this upstream's signing"
+        )
+    return found
+
+
+def basic_time(now: float) -> str:
+    """ISO 8601, basic, in UTC: `20240701T080000Z`. Its first 8 characters are the date."""
+    clock = time.gmtime(now)
+    return (
+        f"{clock.tm_year:04}{clock.tm_mon:02}{clock.tm_mday:02}"
+        f"T{clock.tm_hour:02}{clock.tm_min:02}{clock.tm_sec:02}Z"
+    )
+
+
+def extended_time(now: float) -> str:
+    """ISO 8601 in UTC: `2024-07-01T08:00:00Z`. Its first 10 characters are the date."""
+    clock = time.gmtime(now)
+    return (
+        f"{clock.tm_year:04}-{clock.tm_mon:02}-{clock.tm_mday:02}"
+        f"T{clock.tm_hour:02}:{clock.tm_min:02}:{clock.tm_sec:02}Z"
+    )
 
 
 def encode(text: str) -> str:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import hmac
 import re
-import time
 from hashlib import sha256
 
 from pydantic import Field, field_validator
 
-from filters.signers.scheme import CannotSign, Request, Scheme, Signed
+from filters.signers.scheme import (
+    CannotSign,
+    Request,
+    Scheme,
+    SendableSecret,
+    Signed,
+    chosen,
+    extended_time,
+)
 from filters.signers.scheme import Credentials as BaseCredentials
 from filters.signers.scheme import Options as BaseOptions
-from sidecar.api import Secret, sendable_value
+from sidecar.api import Secret
 
 ALGORITHM = "TC3-HMAC-SHA256"
 END = "tc3_request"
@@ -36,16 +43,9 @@ _SERVICE = re.compile(r"([a-z][a-z0-9-]*)\.[a-z]", re.IGNORECASE).match
 class Credentials(BaseCredentials):
     """A key pair, or a temporary one of STS: then with `token`."""
 
-    secret_id: Secret
+    secret_id: SendableSecret
     secret_key: Secret
-    token: Secret | None = None
-
-    @field_validator("secret_id", "token")
-    @classmethod
-    def _can_be_sent(cls, value: Secret | None) -> Secret | None:
-        if value is not None:
-            sendable_value(value.reveal())
-        return value
+    token: SendableSecret | None = None
 
 
 class Options(BaseOptions):
@@ -80,12 +80,11 @@ def sign(
     request: Request, credentials: Credentials, options: Options, now: float, nonce: str
 ) -> Signed:
     timestamp = int(now)
-    clock = time.gmtime(timestamp)
-    date = f"{clock.tm_year:04}-{clock.tm_mon:02}-{clock.tm_mday:02}"
+    date = extended_time(timestamp)[:10]
     service = options.service or _service(request.host)
     headers = {
-        "X-TC-Action": _chosen(options.action, "action", "X-TC-Action", request),
-        "X-TC-Version": _chosen(options.version, "version", "X-TC-Version", request),
+        "X-TC-Action": chosen(options.action, "action", "X-TC-Action", request),
+        "X-TC-Version": chosen(options.version, "version", "X-TC-Version", request),
         "X-TC-Timestamp": str(timestamp),
     }
     region = _region(options.region, request)
@@ -133,16 +132,6 @@ def _service(host: str) -> str:
             "does: set the option `service` of this upstream's signing"
         )
     return found[1].lower()
-
-
-def _chosen(option: str | None, name: str, header: str, request: Request) -> str:
-    found = option or request.header(header.lower())
-    if not found:
-        raise CannotSign(
-            f"the {name} is not known: send it in the header {header}, "
-            f"or set the option `{name}` of this upstream's signing"
-        )
-    return found
 
 
 def _region(option: str | None, request: Request) -> str | None:

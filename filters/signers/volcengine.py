@@ -7,7 +7,6 @@ SDKs decide. Ark takes no such signature for calls of models: that is scheme `vo
 from __future__ import annotations
 
 import hmac
-import time
 from hashlib import sha256
 from operator import itemgetter
 
@@ -15,8 +14,16 @@ from pydantic import Field, field_validator
 
 from filters.signers.scheme import Credentials as BaseCredentials
 from filters.signers.scheme import Options as BaseOptions
-from filters.signers.scheme import Request, Scheme, Signed, encode_path, encoded_parameters
-from sidecar.api import Secret, sendable_name, sendable_value
+from filters.signers.scheme import (
+    Request,
+    Scheme,
+    SendableSecret,
+    Signed,
+    basic_time,
+    encode_path,
+    encoded_parameters,
+)
+from sidecar.api import Secret, sendable_name
 
 ALGORITHM = "HMAC-SHA256"
 END = "request"
@@ -34,17 +41,10 @@ CLOCK_IS_OFF = (b"InvalidTimestamp",)
 class Credentials(BaseCredentials):
     """Long-lived keys, or temporary ones of STS: then with `session_token`."""
 
-    access_key_id: Secret
+    access_key_id: SendableSecret
     secret_access_key: Secret
     """As the console shows it; it looks like base64, and is not decoded."""
-    session_token: Secret | None = None
-
-    @field_validator("access_key_id", "session_token")
-    @classmethod
-    def _can_be_sent(cls, value: Secret | None) -> Secret | None:
-        if value is not None:
-            sendable_value(value.reveal())
-        return value
+    session_token: SendableSecret | None = None
 
 
 class Options(BaseOptions):
@@ -81,9 +81,8 @@ class Options(BaseOptions):
 def sign(
     request: Request, credentials: Credentials, options: Options, now: float, nonce: str
 ) -> Signed:
-    clock = time.gmtime(now)
-    date = f"{clock.tm_year:04}{clock.tm_mon:02}{clock.tm_mday:02}"
-    date_time = f"{date}T{clock.tm_hour:02}{clock.tm_min:02}{clock.tm_sec:02}Z"
+    date_time = basic_time(now)
+    date = date_time[:8]
     body_hash = sha256(request.body or b"").hexdigest()
 
     headers = {"X-Date": date_time}
