@@ -541,7 +541,7 @@ class Attempt(Scope):
     @property
     def content_length(self) -> int | None:
         """What is announced of the body; None when it streams, or there is nothing to say."""
-        if self.upload is not None or not (self.body or self.method not in BODILESS_METHODS):
+        if self.upload is not None or (not self.body and self.method in BODILESS_METHODS):
             return None
         return len(self.body)
 

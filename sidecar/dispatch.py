@@ -74,13 +74,14 @@ class Dispatch:
             known = ", ".join(each.path for each in upstream.dialect.endpoints)
             message = f'"{call.model}" speaks the {upstream.dialect.name} dialect: call {known}'
             raise Rejected(400, "wrong_dialect", message)
-        never_sent = NEVER_SENT if upstream.passes_client_key else NEVER_SENT_NOR_KEYS
+        passes_key = upstream.passes_client_key
+        never_sent = NEVER_SENT if passes_key else NEVER_SENT_NOR_KEYS
         fields = [
             (key, value)
             for name, value in call.raw_headers
             if (key := name.lower()) not in never_sent
         ]
-        if never_sent is NEVER_SENT:
+        if passes_key:
             fields = [each for each in fields if not self._is_ours(*each)]
         if "connection" in call.headers:
             named = ",".join(call.headers.getall("connection")).lower().encode("latin-1", "replace")

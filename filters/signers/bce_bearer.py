@@ -12,12 +12,17 @@ from pydantic import Field
 
 from filters.signers import bce_auth_v1
 from filters.signers.bce_auth_v1 import Credentials
-from filters.signers.exchange import LONGEST_LIFE_S, TokenUrl, read_token, unix_seconds
+from filters.signers.exchange import (
+    LONGEST_LIFE_S,
+    TokenUrl,
+    read_token,
+    sign_as_bearer,
+    unix_seconds,
+)
 from filters.signers.scheme import (
     Exchange,
     Request,
     Scheme,
-    Signed,
     TokenRequest,
 )
 from filters.signers.scheme import Options as BaseOptions
@@ -71,12 +76,8 @@ def token_of(status: int, body: bytes, now: float) -> Token:
     return Token(token, expires_at - life_s / 10, expires_at)
 
 
-def sign(request: Request, token: Token, options: Options, now: float, nonce: str) -> Signed:
-    return Signed({"Authorization": f"Bearer {token.value}"})
-
-
 SCHEME = Scheme(
-    sign=sign,
+    sign=sign_as_bearer,
     Credentials=Credentials,
     Options=Options,
     # No code is needed: a token that is not good any more is answered 401.

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import orjson
 from pydantic import AfterValidator
 
-from filters.stores.tokens import NoToken
+from filters.signers.scheme import Options, Request, Signed
+from filters.stores.tokens import NoToken, Token
 from sidecar.api import is_forbidden, literal
 
 LONGEST_TOKEN = 4096
@@ -81,6 +82,13 @@ def read_token(
     if not isinstance(token, str) or len(token) > LONGEST_TOKEN or not is_visible(token):
         raise NoToken(f"the {name} that came cannot be sent")
     return token, fields
+
+
+def sign_as_bearer(
+    request: Request, token: Token, options: Options, now: float, nonce: str
+) -> Signed:
+    """The signer of schemes whose token is a bearer's (RFC 6750)."""
+    return Signed({"Authorization": f"Bearer {token.value}"})
 
 
 def unix_seconds(time: object) -> float | None:

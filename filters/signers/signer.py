@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from math import inf
 from typing import Any
 from urllib.parse import unquote_plus
@@ -118,8 +118,8 @@ class UpstreamSigner:
         reply = await call_next(attempt)
         try:
             await self._answers.read(sent, reply)
-        except asyncio.CancelledError:
-            reply.discard()
+        except BaseException:
+            reply.discard()  # nobody else has it in hand yet
             raise
         if in_url:
             if reply.status in REDIRECTS:
@@ -164,7 +164,7 @@ class UpstreamSigner:
     async def _token(
         self, index: int, tokens: TokenStore, exchange: Exchange, attempt: Attempt
     ) -> Token:
-        def fetch() -> Any:
+        def fetch() -> Awaitable[Token]:
             return self._fetch(index, exchange)
 
         token = tokens.current(fetch)

@@ -19,13 +19,13 @@ from filters.signers.exchange import (
     LONGEST_TOKEN,
     TokenUrl,
     is_visible,
+    sign_as_bearer,
     unix_seconds,
 )
 from filters.signers.scheme import (
     Exchange,
     Request,
     Scheme,
-    Signed,
     TokenRequest,
 )
 from filters.signers.scheme import Options as BaseOptions
@@ -138,12 +138,8 @@ def _is_known(told: object) -> TypeGuard[str]:
     return isinstance(told, str) and told in ERRORS
 
 
-def sign(request: Request, token: Token, options: Options, now: float, nonce: str) -> Signed:
-    return Signed({"Authorization": f"Bearer {token.value}"})
-
-
 SCHEME = Scheme(
-    sign=sign,
+    sign=sign_as_bearer,
     Credentials=Credentials,
     Options=Options,
     # No code says that a key is too old: it is answered 401 like any other that is not good.

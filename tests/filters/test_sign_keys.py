@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import orjson
 import pytest
@@ -829,3 +830,12 @@ async def test_google_s_other_place_for_a_key_is_emptied(query: str, sent: str) 
         (attempt,) = harness.upstream.sent
         assert attempt.path == f"{PATH}{sent}"
         assert attempt.headers["x-goog-api-key"] == "sk-canary"
+
+
+async def test_answer_is_given_up_when_reading_it_fails() -> None:
+    async with Harness(amazon()) as harness:
+        harness.upstream.answer = harness.upstream.stream(b'{"mess', status=403)
+        with mock.patch.object(answers_module, "_refusal", side_effect=KeyError("a bug")):
+            run = await harness.run()
+        assert run.client.status == 500
+        assert harness.upstream.source.is_aborted

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from filters.signers import SCHEMES, find
 from filters.signers.scheme import (
@@ -21,6 +22,7 @@ from filters.signers.scheme import (
     with_parameters,
 )
 from filters.signers.vector import sign_vector
+from sidecar.api import Secret
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
@@ -238,3 +240,31 @@ def test_options_are_explained_beside_their_field(name: str) -> None:
         and isinstance(text, ast.Expr)
     }
     assert set(options.model_fields) == explained
+
+
+SENT_AS_THEY_ARE = {
+    "bce-auth-v1": ("access_key_id", "security_token"),
+    "bce-bearer": ("access_key_id", "security_token"),
+    "ACS3-HMAC-SHA256": ("access_key_id", "security_token"),
+    "TC3-HMAC-SHA256": ("secret_id", "token"),
+    "volcengine-HMAC-SHA256": ("access_key_id", "session_token"),
+    "volcengine-ark": ("access_key_id", "session_token"),
+    "AWS4-HMAC-SHA256": ("access_key_id", "session_token"),
+}
+"""The secrets of each scheme that go into a header."""
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, each in SENT_AS_THEY_ARE.items() for field in each]
+)
+def test_secret_that_no_header_can_carry_is_refused_without_being_shown(
+    name: str, field: str
+) -> None:
+    credentials = find(name).Credentials
+    values = {each: Secret("a-good-one") for each in credentials.model_fields}
+    credentials(**values)
+    values[field] = Secret("hidden\r\nvalue")
+    with pytest.raises(ValidationError) as caught:
+        credentials(**values)
+    assert field in str(caught.value)
+    assert "hidden" not in str(caught.value)
