@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast check format bench lock clean
+.PHONY: help run test test-fast check format bench drill lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -19,26 +19,29 @@ test: $(VENV)/dev.stamp ## all tests
 
 test-fast: $(VENV)/dev.stamp ## the tests that start no process
 	$(BIN)/python -m pytest -n 2 -q --ignore tests/test_process.py --ignore tests/test_server.py \
-	  --ignore tests/test_reload.py --ignore tests/test_cli.py
+	  --ignore tests/test_reload.py --ignore tests/test_cli.py --ignore tests/test_drill.py
 
 check: $(VENV)/dev.stamp ## format, lint, types
-	$(BIN)/ruff format --check -q sidecar filters bench tests
-	$(BIN)/ruff check -q sidecar filters bench tests
+	$(BIN)/ruff format --check -q sidecar filters bench drill tests
+	$(BIN)/ruff check -q sidecar filters bench drill tests
 	$(BIN)/mypy
 
 format: $(VENV)/dev.stamp ## mend what can be mended
-	$(BIN)/ruff format -q sidecar filters bench tests
-	$(BIN)/ruff check -q --fix sidecar filters bench tests
+	$(BIN)/ruff format -q sidecar filters bench drill tests
+	$(BIN)/ruff check -q --fix sidecar filters bench drill tests
 
 bench: $(VENV)/dev.stamp ## measure against nginx and Envoy; writes bench/RESULTS.md (5 minutes)
 	$(BIN)/python -m bench
 
+drill: $(VENV)/dev.stamp ## faults for a minute: a provider that fails and falls, a store that restarts
+	$(BIN)/python -m drill
+
 lock: ## pin all dependencies again, with hashes and without addresses (needs uv)
 	printf 'hatchling==1.33.0\neditables==0.6\n' > requirements/build.in
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-header pyproject.toml requirements/build.in -o requirements/run.txt
+	  --no-header --extra redis pyproject.toml requirements/build.in -o requirements/run.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-header --extra dev pyproject.toml requirements/build.in -o requirements/dev.txt
+	  --no-header --extra redis --extra dev pyproject.toml requirements/build.in -o requirements/dev.txt
 	rm requirements/build.in
 
 clean: ## remove what was made here
