@@ -16,8 +16,9 @@ class AccessLog(CallFilter):
     """Who called what, how it ended, how long it took: never a key, a header or a body.
 
     Switch it on to know afterwards. Place it near the outside, so that calls which other filters
-    refuse are logged as well. Times are milliseconds; `overhead_ms` is what the sidecar itself
-    added before the first byte.
+    refuse are logged as well. Times are milliseconds; before the first byte, `held_ms` is what a
+    call waited on purpose (in a queue, before another attempt) and `overhead_ms` what the sidecar
+    itself added.
     """
 
     sees_refused = True
@@ -46,7 +47,8 @@ class AccessLog(CallFilter):
             "bytes_in": call.bytes_in,
             "bytes_out": call.bytes_out,
             "first_byte_ms": round(first_byte_s * 1000, 3),
-            "overhead_ms": round((first_byte_s - call.upstream_wait_s) * 1000, 3),
+            "held_ms": round(call.held_s * 1000, 3),
+            "overhead_ms": round((first_byte_s - call.upstream_wait_s - call.held_s) * 1000, 3),
             "total_ms": round((now - call.received_at) * 1000, 3),
         }
         error = end.error

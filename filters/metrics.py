@@ -55,7 +55,7 @@ class CallMetrics(CallFilter):
         )
         self._overhead = make.histogram(
             "llm_sidecar_overhead_seconds",
-            "Of the time to the first byte, what was not spent waiting for upstreams.",
+            "Of the time to the first byte, what was not waited for upstreams or on purpose.",
             (),
             SHORT_SECONDS,
         )
@@ -88,7 +88,7 @@ class CallMetrics(CallFilter):
         if call.replied_at:
             first_byte_s = call.replied_at - call.received_at
             series.first_byte.observe(first_byte_s)
-            self._overhead_here.observe(first_byte_s - call.upstream_wait_s)
+            self._overhead_here.observe(first_byte_s - call.upstream_wait_s - call.held_s)
         series.bytes_in.value += call.bytes_in
         series.bytes_out.value += call.bytes_out
         usage = call.get(USAGE)

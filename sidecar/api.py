@@ -2,21 +2,33 @@
 
 from sidecar.addresses import is_forbidden, literal
 from sidecar.call import (
+    COMPLETED,
+    LOST_USAGE,
     USAGE,
     Attempt,
     Call,
     ChatView,
     End,
     Key,
+    KeyGate,
     Outcome,
     Target,
     Timeouts,
     Upstream,
     Usage,
+    within_deadline,
 )
-from sidecar.clock import Clock
+from sidecar.clock import Clock, Timer
 from sidecar.config.secret import Secret
-from sidecar.errors import CallError, FetchFailed, Phase, Rejected, Retry, UpstreamError
+from sidecar.errors import (
+    CallError,
+    FetchFailed,
+    Phase,
+    Rejected,
+    Retry,
+    UpstreamError,
+    forget_frames,
+)
 from sidecar.filter import (
     AttemptFilter,
     AttemptNext,
@@ -28,6 +40,8 @@ from sidecar.filter import (
     FilterConfig,
     HeaderName,
     Kit,
+    Panel,
+    StoreAddress,
 )
 from sidecar.headers import Headers, field, sendable_name, sendable_value
 from sidecar.metrics import SHORT_SECONDS, Counter, Gauge, Histogram, Metrics
@@ -36,6 +50,8 @@ from sidecar.sse import Event
 from sidecar.team import Team
 
 __all__ = [
+    "COMPLETED",
+    "LOST_USAGE",
     "SHORT_SECONDS",
     "USAGE",
     "Attempt",
@@ -61,25 +77,31 @@ __all__ = [
     "Headers",
     "Histogram",
     "Key",
+    "KeyGate",
     "Kit",
     "Metrics",
     "Outcome",
+    "Panel",
     "Phase",
     "Rejected",
     "Reply",
     "Retry",
     "Secret",
     "Source",
+    "StoreAddress",
     "Target",
     "Team",
     "Timeouts",
+    "Timer",
     "Transformer",
     "Upstream",
     "UpstreamError",
     "Usage",
     "field",
+    "forget_frames",
     "is_forbidden",
     "literal",
     "sendable_name",
     "sendable_value",
+    "within_deadline",
 ]

@@ -10,16 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import sha256
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, overload
 
 import orjson
 from multidict import MultiMapping
 
-from sidecar.errors import CallError, Rejected, UpstreamError
+from sidecar.errors import CallError, Rejected, UpstreamError, forget_frames
 from sidecar.headers import Headers, field
 from sidecar.tasks import Tasks
 
@@ -35,6 +39,13 @@ D = TypeVar("D")
 
 SETTLE_TIMEOUT_S = 10.0
 
+TIMEOUT_HEADER = "x-request-timeout"
+LONGEST_TIMEOUT_S = 3600.0
+"""Nobody holds a place in a queue for longer, whatever it says."""
+SDK_TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+"""How long the official SDKs of OpenAI and Anthropic wait for the first byte, in seconds."""
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?").fullmatch
+
 BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "TRACE"})
 """A request by these says nothing of its body when it has none."""
 
@@ -48,6 +59,10 @@ class Outcome(StrEnum):
     REJECTED = "rejected"  # refused by us, before an upstream was asked
     DISCARDED = "discarded"  # an answer, or a try, that a filter did not want any more
     ABORTED = "aborted"  # stopped by us: shutdown, or a mistake of our own
+
+
+COMPLETED = Outcome.COMPLETED
+"""By this name it is had in a tenth of the time: an enum of Python 3.11 calls a function."""
 
 
 class End:
@@ -65,11 +80,15 @@ class End:
         """Whether the upstream is to blame; the only place where that is decided.
 
         A client that left is not an upstream failure. An answer that broke off midway is, though
-        its status was 200; a complete answer is one from status 500 up.
+        its status was 200; a complete answer is one from status 500 up. An attempt that we held
+        back ourselves says nothing of the upstream.
         """
         if self.outcome is Outcome.UPSTREAM_FAILED:
+            error = self.error
+            if isinstance(error, UpstreamError) and error.phase.is_ours:
+                return False
             return self.status != 429  # it only asks us to wait
-        return self.outcome is Outcome.COMPLETED and self.status >= 500
+        return self.outcome is COMPLETED and self.status >= 500
 
     def __repr__(self) -> str:
         error = f" {self.error!r}" if self.error is not None else ""
@@ -176,8 +195,12 @@ class Scope:
         self.end = end
         debts = self._on_end
         if debts is not None:
-            while debts:
-                _pay(debts.pop(), end)
+            while debts:  # `_pay`, by hand: ten of them a call
+                debt = debts.pop()
+                try:
+                    debt(end)
+                except Exception:
+                    log.exception("debt_failed", extra={"outcome": end.outcome})
         if self._on_settle is not None:
             settles, self._on_settle = self._on_settle, None
             self._tasks.start(_settle(settles, end), name="settle")
@@ -238,6 +261,10 @@ class Upstream(Protocol):
     def scheme(self) -> str: ...
     @property
     def timeouts(self) -> Timeouts: ...
+    @property
+    def passes_client_key(self) -> bool:
+        """Whether its requests carry the caller's own key."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +284,11 @@ class Call(Scope):
     """
 
     __slots__ = (
+        "_deadline_at",
         "_json",
+        "_waited_until",
+        "_waiting",
+        "_waiting_since",
         "attempts",
         "bodies",
         "body",
@@ -267,7 +298,9 @@ class Call(Scope):
         "dialect",
         "endpoint",
         "headers",
+        "held_s",
         "id",
+        "is_kept_alive",
         "label",
         "method",
         "model",
@@ -282,7 +315,6 @@ class Call(Scope):
         "target",
         "targets",
         "team",
-        "timeouts",
         "upload",
         "upstream_headers",
         "upstream_wait_s",
@@ -321,7 +353,6 @@ class Call(Scope):
         self.label = ""  # the same from a closed set, for metrics and logs
         self.targets: tuple[Target, ...] = ()
         self.target: Target | None = None  # where the next attempt goes; None: the first of targets
-        self.timeouts: Timeouts | None = None  # set by a filter to override the upstream's
         self.upstream_headers: dict[bytes, bytes] | None = None  # put on the head of every attempt
         self.reply_headers: dict[bytes, bytes] | None = None  # put on the answer's, errors included
         self.attempts: int = 0
@@ -329,12 +360,59 @@ class Call(Scope):
         self.refusal: CallError | None = None
         self.received_at = received_at
         self.replied_at = 0.0  # the first byte of the answer was ready for the client
-        self.upstream_wait_s = 0.0  # waited for upstreams until then, all attempts together
+        self.upstream_wait_s = 0.0  # waited for upstreams until then; hedged attempts count once
+        self.held_s = 0.0  # waited on purpose: in a queue, or before another attempt
+        self._waiting = 0
+        self._waiting_since = 0.0
+        self._waited_until = 0.0
         self.status = 0
         self.bytes_in = 0
         self.bytes_out = 0
         self.cancelled_as: Outcome | None = None  # why our task was cancelled, if it was
         self._json: Any = None
+        self.is_kept_alive = False  # by heartbeats, before the first byte as well
+        self._deadline_at = 0.0  # not looked at yet
+
+    @property
+    def deadline_at(self) -> float | None:
+        """Until when the caller waits for the first byte; None when it did not say.
+
+        From `X-Request-Timeout` (seconds), else from what its SDK says of itself; that one begins
+        to wait once its body is sent, and anew with each heartbeat, so it says nothing while an
+        upload streams, or of a stream with heartbeats. Raises `Rejected` (400) for a header of the
+        first name that is no number of seconds.
+        """
+        if self._deadline_at == 0.0:
+            is_said = self.upload is None and not self.is_kept_alive
+            names = SDK_TIMEOUT_HEADERS if is_said else ()
+            timeout_s = _timeout_s(self.headers, names)
+            self._deadline_at = inf if timeout_s is None else self.received_at + timeout_s
+        return None if self._deadline_at == inf else self._deadline_at
+
+    def time_left(self, now: float) -> float:
+        """Seconds from `now` until the caller stops waiting; infinity when it did not say."""
+        deadline_at = self.deadline_at
+        return inf if deadline_at is None else deadline_at - now
+
+    @property
+    def key_id(self) -> str:
+        """16 hex digits that stand for the key which the caller sent; empty when it sent none."""
+        key = key_of(self.headers)
+        return digest(key)[:16] if key else ""
+
+    def wait_begins(self, now: float) -> None:
+        """An attempt begins to wait for its upstream. For the core only."""
+        if not self._waiting:
+            self._waiting_since = now
+        self._waiting += 1
+
+    def wait_ends(self, now: float) -> None:
+        """It does not wait any more, or did not from `now` on. For the core only."""
+        self._waiting -= 1
+        if now > self._waited_until:  # the other one's wait may end earlier and be told later
+            self._waited_until = now
+        if not self._waiting:
+            self.upstream_wait_s += self._waited_until - self._waiting_since
 
     def set_upstream_header(self, name: str, value: str) -> None:
         """Send this header with every attempt. ValueError when it could end the line."""
@@ -408,15 +486,62 @@ class Call(Scope):
     def finish(self, end: End) -> None:
         """Pay all debts, once, and let go of the frames that an error holds: they hold us."""
         super().finish(end)
-        error = end.error
-        while error is not None and error.__traceback__ is not None:
-            error.__traceback__ = None
-            error = error.__cause__ or error.__context__
+        forget_frames(end.error)
 
     def __repr__(self) -> str:
         return (
             f"<Call {self.id} {self.method} {self.path} team={self.team.name} model={self.model}>"
         )
+
+
+def deadline_exceeded() -> Rejected:
+    """The caller's own deadline has passed: no fault of an upstream that may be as fast as ever."""
+    message = "the deadline of the call passed before an upstream answered"
+    return Rejected(504, "deadline_exceeded", message)
+
+
+@asynccontextmanager
+async def within_deadline(call: Call, now: float) -> AsyncIterator[None]:
+    """What is awaited inside ends at the caller's deadline, seen from `now`: `Rejected` (504)."""
+    left_s = call.time_left(now)
+    if left_s == inf:
+        yield
+        return
+    try:
+        async with asyncio.timeout(left_s) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():  # somebody's own timeout inside
+            raise
+        raise deadline_exceeded() from None
+
+
+def _timeout_s(headers: MultiMapping[str], sdk_names: Sequence[str]) -> float | None:
+    """How long the caller waits for the first byte, as it says."""
+    text = headers.get(TIMEOUT_HEADER)
+    if text is not None:
+        if not _SECONDS(text.strip()) or not float(text):
+            message = "X-Request-Timeout must be a number of seconds above 0, such as 30 or 2.5"
+            raise Rejected(400, "invalid_timeout", message)
+        return min(float(text), LONGEST_TIMEOUT_S)
+    for name in sdk_names:
+        text = headers.get(name)
+        if text is not None and _SECONDS(text):
+            return float(text) or None
+    return None
+
+
+def key_of(headers: Mapping[str, str]) -> str:
+    """The key that a caller sent, as Bearer, `x-api-key` or `api-key`; empty when there is none."""
+    key = headers.get("authorization", "")
+    if key[:7].lower() == "bearer ":
+        return key[7:].strip()
+    return headers.get("x-api-key") or headers.get("api-key") or ""
+
+
+def digest(key: str) -> str:
+    """Hex SHA-256, under which a team's key is known."""
+    return sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -484,6 +609,13 @@ class Usage(NamedTuple):
 USAGE: Key[Usage] = Key("usage")
 """Tokens as the provider reported them so far; the last report of a stream counts."""
 
+LOST_USAGE: Key[Usage] = Key("lost_usage")
+"""Tokens of attempts that were given up though their upstream had them already: an estimate."""
+
+KeyGate = Callable[[str], float | Awaitable[float]]
+"""Asked by whoever chooses one of an upstream's keys, with its digest, before it is used: seconds
+until it may be, at once or awaited. 0.0: now, and it is taken."""
+
 
 class Attempt(Scope):
     """One try of a call against one upstream, with its own copy of head and body.
@@ -497,6 +629,7 @@ class Attempt(Scope):
         "call",
         "first_byte_at",
         "headers",
+        "key_gate",
         "method",
         "number",
         "path",
@@ -537,6 +670,7 @@ class Attempt(Scope):
         self.started_at = started_at
         self.first_byte_at = 0.0
         self.status = 0
+        self.key_gate: KeyGate | None = None  # set by a filter that limits the upstream's keys
 
     @property
     def content_length(self) -> int | None:
@@ -548,14 +682,18 @@ class Attempt(Scope):
     async def hold_body(self) -> bytes:
         """The whole body, read now if it streams. Raises `Rejected` (413) when it is too large."""
         if self.upload is not None:
-            self.body = await self.call.hold_body()
-            self.upload = None
-            self.started_at = monotonic()  # the client's time was not the upstream's
+            self.call.wait_ends(self.started_at)  # the client's time is not the upstream's
+            try:
+                self.body = await self.call.hold_body()
+                self.upload = None
+            finally:
+                self.started_at = monotonic()
+                self.call.wait_begins(self.started_at)
         return self.body
 
     def body_ended(self, body: Body, outcome: Outcome, error: CallError | None) -> None:
         """The reply's body is over, and so is the attempt. For the core only."""
-        if outcome is Outcome.COMPLETED:
+        if outcome is COMPLETED:
             self.finish(completed(self.status))
         else:
             self.finish(End(outcome, self.status, error))

@@ -15,6 +15,7 @@ def check_order(call: Sequence[type[Filter]], attempt: Sequence[type[Filter]]) -
     The facts of the whole call chain are there for every attempt filter.
     """
     mistakes = []
+    by_the_end = {key for each in (*call, *attempt) for key in each.gives}
     given: set[Key[Any]] = set()
     for place, kind, classes in (("call", CallFilter, call), ("attempt", AttemptFilter, attempt)):
         for index, filter_class in enumerate(classes):
@@ -29,6 +30,9 @@ def check_order(call: Sequence[type[Filter]], attempt: Sequence[type[Filter]]) -
             if missing := filter_class.needs - given:
                 keys = ", ".join(sorted(key.name for key in missing))
                 mistakes.append(f"{name} needs {keys}: put a filter that gives it before it")
+            if missing := filter_class.reads - by_the_end:
+                keys = ", ".join(sorted(key.name for key in missing))
+                mistakes.append(f"{name} reads {keys}: put a filter that gives it into the chain")
             if filter_class.must_be_last and index != len(classes) - 1:
                 mistakes.append(f"{name} must be the last of the list `{place}`")
             given |= filter_class.gives

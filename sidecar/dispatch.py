@@ -6,20 +6,20 @@ theirs, and ends exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import cast
 from urllib.parse import unquote
 
 import orjson
 
-from sidecar.call import Attempt, Call, Target, end_of
+from sidecar.call import Attempt, Call, Target, deadline_exceeded, digest, end_of
 from sidecar.dialects.endpoint import MODELS, PASS_THROUGH
-from sidecar.errors import Rejected
+from sidecar.errors import Rejected, UpstreamError
 from sidecar.filter import AttemptNext
 from sidecar.headers import Headers
 from sidecar.reply import Reply
-from sidecar.team import Models, digest, offered_keys
+from sidecar.team import Models, offered_keys
 from sidecar.transport.connection import HOP_BY_HOP
 from sidecar.transport.upstream import LiveUpstream
 
@@ -43,11 +43,15 @@ class Dispatch:
         *,
         models: Models,
         taps_events: bool,
+        reads_beginnings: bool = False,
         team_keys: frozenset[str] = frozenset(),
+        now: Callable[[], float] = monotonic,
     ) -> None:
         self._models = models
         self._taps_events = taps_events
+        self._reads_beginnings = reads_beginnings
         self._team_keys = team_keys  # as `digest` has them
+        self._now = now
         self.attempt_chain: AttemptNext = send  # replaced once the attempt filters are linked
 
     async def __call__(self, call: Call) -> Reply:
@@ -55,14 +59,19 @@ class Dispatch:
         target = call.target or (call.targets[0] if call.targets else None)
         if target is None:
             return self._answer_here(call)
+        if call.time_left(self._now()) <= 0:
+            raise deadline_exceeded()
         attempt = self._attempt(call, target)
+        call.wait_begins(attempt.started_at)
         try:
             reply = await self.attempt_chain(attempt)
         except BaseException as error:
-            call.upstream_wait_s += (attempt.first_byte_at or monotonic()) - attempt.started_at
+            call.wait_ends(attempt.first_byte_at or self._now())
+            if isinstance(error, UpstreamError) and error.phase.is_ours:
+                call.attempts -= 1  # the upstream was not even asked
             attempt.finish(end_of(error, call))
             raise
-        call.upstream_wait_s += (attempt.first_byte_at or monotonic()) - attempt.started_at
+        call.wait_ends(attempt.first_byte_at or self._now())
         attempt.status = reply.status
         reply.body.owned_by(attempt)
         call.bodies.append(reply.body)
@@ -90,6 +99,8 @@ class Dispatch:
         if self._taps_events:
             fields.append((b"accept-encoding", b"identity"))
         elif (accepted := call.headers.get("accept-encoding")) is not None:
+            if self._reads_beginnings:
+                accepted = "gzip" if "gzip" in accepted else "identity"
             fields.append((b"accept-encoding", accepted.encode("utf-8", "surrogateescape")))
         headers = Headers.of_raw(fields)
         if call.upstream_headers is not None:
@@ -112,8 +123,8 @@ class Dispatch:
             headers=headers,
             body=body or b"",
             upload=call.upload,
-            timeouts=call.timeouts or upstream.timeouts,
-            started_at=monotonic(),
+            timeouts=upstream.timeouts,
+            started_at=self._now(),
         )
 
     def _is_ours(self, name: bytes, value: bytes) -> bool:

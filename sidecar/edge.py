@@ -305,6 +305,7 @@ class Edge:
             if call.refusal is not None:
                 reply = await policy.refuse(call)
             elif serving.http.heartbeat_s and call.is_stream:
+                call.is_kept_alive = True
                 reply = await self._run_with_heartbeat(serving, policy, call, protocol)
             else:
                 reply = await policy.run(call)

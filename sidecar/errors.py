@@ -51,6 +51,7 @@ class ConfigError(SidecarError):
 class Phase(Enum):
     """How far an attempt had come when it failed."""
 
+    ADMIT = "admit"  # a circuit or a limit of ours held it back; nothing was sent
     SIGN = "sign"  # no credentials to send; nothing was sent
     RESOLVE = "resolve"  # looking up the upstream's name
     POOL = "pool"  # waiting for a free connection
@@ -60,6 +61,14 @@ class Phase(Enum):
     HEAD = "head"  # part of the head was here
     FIRST_EVENT = "first_event"  # a 200 whose first event was an error
     BODY = "body"  # the answer had begun
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the upstream was not even asked: it is not to blame."""
+        return self in _OURS
+
+
+_OURS = frozenset({Phase.ADMIT, Phase.SIGN, Phase.POOL})
 
 
 class Retry(Enum):
@@ -104,6 +113,14 @@ class CallError(SidecarError):
         return f"<{type(self).__name__} {self.status} {self.code}: {self.message}>"
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames that `error` came through, for whoever swallows it: they hold the
+    attempt, whose end holds the error."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class Rejected(CallError):
     """We refuse the call. Filters raise it; the edge answers in the client's dialect."""
 
@@ -111,7 +128,7 @@ class Rejected(CallError):
 class UpstreamError(CallError):
     """The upstream gave no answer, or not all of it.
 
-    `cause` is for our log only.
+    `provider_code` is the provider's own word, when it answered 200 and then an error.
     """
 
     def __init__(
@@ -123,10 +140,12 @@ class UpstreamError(CallError):
         *,
         status: int = 502,
         retry_after_s: float | None = None,
+        provider_code: str = "",
     ) -> None:
         super().__init__(status, code, message, retry_after_s=retry_after_s)
         self.phase = phase
         self.retry = retry
+        self.provider_code = provider_code
 
     def __repr__(self) -> str:
         return f"<UpstreamError {self.phase.value} {self.code} retry={self.retry.value}>"

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from sidecar.call import Attempt, Call, Key
 from sidecar.clock import Clock
+from sidecar.config.secret import Secret
 from sidecar.headers import sendable_name
 from sidecar.metrics import Metrics
 from sidecar.reply import Reply
@@ -18,6 +19,7 @@ from sidecar.resources import Resources
 from sidecar.tasks import Tasks
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Panel")
 
 HeaderName = Annotated[str, AfterValidator(sendable_name)]
 """A header's name in a filter's settings: one that a message may carry, in lower case."""
@@ -93,6 +95,35 @@ class KitResources:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where state lives that several processes share."""
+
+    url: Secret | None = None
+    """Of a Redis or Valkey; None: in the memory of each process."""
+    prefix: str = "sidecar"
+    """Of all keys there."""
+    ca_file: str | None = None
+    """PEM bundle to trust instead of the system's, for TLS."""
+
+
+PANEL = "panel"
+"""The kind of panels among the resources."""
+
+
+class Panel(Protocol):
+    """State that operators see, and may change, on the admin port: `/state/{name}`."""
+
+    async def show(self) -> Any:
+        """What there is, as JSON can say it; never a secret."""
+        ...
+
+    async def act(self, command: Mapping[str, Any]) -> Any:
+        """Do what an operator asks; the answer, as JSON can say it. Raises ValueError, whose
+        message tells the operator what is wrong with the command."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Kit:
     """What the core hands a filter when it is built."""
 
@@ -108,7 +139,16 @@ class Kit:
     origins: Mapping[str, tuple[str, str]]
     """`Upstream.scheme` and `.host` of each upstream, by name."""
     fetch: Fetch
+    store: StoreAddress
+    workers: int
+    """Processes that serve this configuration on this machine."""
+    max_connections: int
+    """Of this process to all upstreams together: more calls would wait for one."""
     resources: KitResources
+
+    def panel(self, name: str, make: Callable[[], P]) -> P:
+        """The panel under `name`, made by whoever asks first; kept as a resource is."""
+        return self.resources.get((PANEL, name), make)
 
 
 class Filter:
@@ -121,11 +161,16 @@ class Filter:
     """Settings that this filter reads from each upstream, under its own name."""
 
     gives: ClassVar[frozenset[Key[Any]]] = frozenset()
-    """Facts that it puts on the call or attempt before `call_next`."""
+    """Facts that it puts on the call or attempt: before `call_next`, or by the end."""
     needs: ClassVar[frozenset[Key[Any]]] = frozenset()
     """Facts that a filter before it, or the core, must have given; checked at load."""
+    reads: ClassVar[frozenset[Key[Any]]] = frozenset()
+    """Facts that some filter of the chain must have left by the call's end; checked at load."""
     taps_events: ClassVar[bool] = False
     """It looks at events, so upstreams are asked for an uncompressed body."""
+    reads_beginnings: ClassVar[bool] = False
+    """It reads how answers begin (`reply.peeked`), so upstreams are only asked for what it can read
+    of what the client accepts: gzip."""
     must_be_last: ClassVar[bool] = False
     """Nothing may stand behind it in its chain; checked at load."""
 

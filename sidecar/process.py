@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import click
 
-from sidecar.admin import Admin
+from sidecar.admin import Admin, NoPanel
 from sidecar.config import Bound, Config, redacted
 from sidecar.listen import shown_address, why_not
 from sidecar.metrics import FamilySnapshot, merge
@@ -132,15 +133,16 @@ class Worker:
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(number)
 
-    async def ask(self, path: str) -> tuple[int, Any]:
+    async def ask(self, path: str, command: dict[str, Any] | None = None) -> tuple[int, Any]:
         """Status and JSON of its admin socket; (0, None) when it does not answer."""
+        method = "GET" if command is None else "POST"
         try:
             async with (
                 aiohttp.ClientSession(
                     connector=aiohttp.UnixConnector(self.socket_path),
                     timeout=aiohttp.ClientTimeout(total=WORKER_ANSWER_S),
                 ) as session,
-                session.get(f"http://worker{path}") as answer,
+                session.request(method, f"http://worker{path}", json=command) as answer,
             ):
                 return answer.status, await answer.json()
         except (OSError, aiohttp.ClientError, TimeoutError):
@@ -184,7 +186,9 @@ class Supervisor:
             with closing(reserve_port(config.listen)) as held:
                 self._address = shown_address(held.getsockname())
                 if config.admin is not None:
-                    admin = Admin(state=self._state, metrics=self.metrics, config=self._config)
+                    admin = Admin(
+                        state=self._state, metrics=self.metrics, config=self._config, panels=self
+                    )
                     await _open_admin(admin, config.admin)
                 watchers += [loop.create_task(self._keep(worker)) for worker in self._workers]
                 if await self._all_ready():
@@ -236,7 +240,7 @@ class Supervisor:
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "sidecar", "run", "--config", str(self._path)),
             *("--worker", str(worker.number), "--worker-admin", f"unix:{worker.socket_path}"),
-            *("--listen", self._address),
+            *("--listen", self._address, "--workers", str(len(self._workers))),
             stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
             start_new_session=True,  # a terminal's SIGINT comes to us; we pass it on, once
         )
@@ -283,6 +287,29 @@ class Supervisor:
             if status == 200:
                 return dict(config)
         return redacted(self.bound.config, [policy.team for policy in self.bound.policies])
+
+    # What the workers' filters show
+
+    async def show(self) -> list[dict[str, Any]]:
+        """Of each worker that answers."""
+        answers = await asyncio.gather(*(worker.ask("/state") for worker in self._workers))
+        return [shown for status, told in answers if status == 200 for shown in told["workers"]]
+
+    async def act(self, name: str, command: dict[str, Any]) -> list[Any]:
+        """Tell every worker; one that refuses speaks for all, they are alike."""
+        path = f"/state/{quote(name, safe='')}"
+        asked = [worker.ask(path, command) for worker in self._workers]
+        answers = await asyncio.gather(*asked)
+        for status, told in answers:
+            if status == 404:
+                raise NoPanel
+            if status == 400:
+                raise ValueError(told["error"])
+        done = [each for status, told in answers if status == 200 for each in told["workers"]]
+        if len(done) < len(self._workers):
+            missing = len(self._workers) - len(done)
+            raise ValueError(f"{missing} of {len(self._workers)} workers did not answer: try again")
+        return done
 
 
 async def supervise(path: Path, bound: Bound) -> int:

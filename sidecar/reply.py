@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from sidecar.call import Outcome
+from sidecar.call import COMPLETED, Outcome
 from sidecar.errors import CallError, SidecarError
 from sidecar.headers import Headers, RawFields
 from sidecar.sse import Decoder, Event, JsonEvent
@@ -301,7 +301,7 @@ class Body:
         except Exception:
             self._end(Outcome.ABORTED, None)
             raise
-        self._end(Outcome.COMPLETED, None)
+        self._end(COMPLETED, None)
         return data
 
     def pause(self) -> None:
@@ -334,7 +334,7 @@ class Body:
         sink = self._sink
         if data and sink is not None:
             sink.write(data)
-        self._end(Outcome.COMPLETED, None)
+        self._end(COMPLETED, None)
         if sink is not None:
             sink.finish()
 
@@ -390,6 +390,27 @@ class Reply:
         """An answer made here, whole."""
         headers = Headers({"content-type": media_type})
         return cls(status, headers, Body.of(data, media_type=media_type))
+
+    def peeked(self, max_bytes: int = 4096) -> bytes:
+        """The beginning of what is here of the body, decompressed; it stays in hand."""
+        data = self.body.peek()[:max_bytes]
+        if self.body.encoding in ("gzip", "x-gzip", "deflate"):
+            try:
+                inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+                return inflate.decompress(data, max_bytes)
+            except zlib.error:
+                pass
+        return data
+
+    async def beginning(self, max_bytes: int = 4096, *, within_s: float = 1.0) -> bytes:
+        """`peeked`, having waited a moment for what is not here yet."""
+        if not self.body.is_arrived:
+            try:
+                async with asyncio.timeout(within_s):
+                    await self.body.wait_for(max_bytes)
+            except TimeoutError:
+                pass
+        return self.peeked(max_bytes)
 
     def discard(self) -> None:
         """Give the reply up; what a filter does with every reply that it does not return."""

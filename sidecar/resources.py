@@ -34,6 +34,14 @@ class Resources:
         self._users.setdefault(key, set()).add(user)
         return cast(T, self._made[key])
 
+    def of_kind(self, kind: str) -> dict[str, Any]:
+        """What is kept under keys `(kind, name)`, by name."""
+        return {
+            key[1]: made
+            for key, made in self._made.items()
+            if isinstance(key, tuple) and len(key) == 2 and key[0] == kind
+        }
+
     def __len__(self) -> int:
         return len(self._made)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from aiohttp import http_parser
 
-from sidecar.admin import Admin
+from sidecar.admin import Admin, NoPanel
 from sidecar.clock import SystemClock
 from sidecar.config import Bound, redacted
 from sidecar.edge import Edge, EdgeProtocol, EdgeServer
 from sidecar.errors import CallError, SidecarError
+from sidecar.filter import PANEL, Panel
 from sidecar.listen import remove_stale_socket, shown_address, why_not
 from sidecar.log import LineWriter
 from sidecar.metrics import FamilySnapshot, Metrics
@@ -40,6 +41,34 @@ EXIT_AT_ONCE = 130  # a second signal
 
 class NotStarted(SidecarError):
     """The process cannot serve; the message says why and what to do."""
+
+
+class ProcessPanels:
+    """The panels of this process's filters."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+
+    async def show(self) -> list[dict[str, Any]]:
+        panels = self._resources.of_kind(PANEL)
+        return [{name: await _shown(name, panel) for name, panel in panels.items()}]
+
+    async def act(self, name: str, command: dict[str, Any]) -> list[Any]:
+        panel: Panel | None = self._resources.of_kind(PANEL).get(name)
+        if panel is None:
+            raise NoPanel
+        answer = await panel.act(command)
+        log.info("state_changed", extra={"panel": name, "command": command})
+        return [answer]
+
+
+async def _shown(name: str, panel: Panel) -> Any:
+    """What it shows; one that fails, such as for a store that is away, hides no other."""
+    try:
+        return await panel.show()
+    except Exception:
+        log.exception("state_not_shown", extra={"panel": name})
+        return {"error": "could not be shown: the log says why"}
 
 
 class Server:
@@ -91,6 +120,7 @@ class Server:
             tasks=self._tasks,
             clock=SystemClock(),
             access_log=self._lines.write if self._lines is not None else _nowhere,
+            workers=self.config.workers,
         )
         self.snapshot = await self._new_snapshot(self._bound)
         self._edge = Edge(self.snapshot)
@@ -99,7 +129,10 @@ class Server:
             self._listener = await self._listen(self.config.listen, self._server)
         if self.config.admin is not None:
             self._admin = Admin(
-                state=self._get_state, metrics=self._get_metrics, config=self.effective_config
+                state=self._get_state,
+                metrics=self._get_metrics,
+                config=self.effective_config,
+                panels=ProcessPanels(self._resources),
             )
             with _listening_on(self.config.admin):
                 await self._admin.start(self.config.admin)

@@ -17,7 +17,15 @@ from sidecar.clock import Clock
 from sidecar.config import Bound, BoundPolicy, FilterSpec
 from sidecar.dispatch import Dispatch, send
 from sidecar.errors import CallError, Rejected
-from sidecar.filter import AttemptFilter, CallFilter, Fetched, Filter, Kit, KitResources
+from sidecar.filter import (
+    AttemptFilter,
+    CallFilter,
+    Fetched,
+    Filter,
+    Kit,
+    KitResources,
+    StoreAddress,
+)
 from sidecar.metrics import Counter, Metrics
 from sidecar.reply import Reply
 from sidecar.resources import Resources
@@ -42,6 +50,8 @@ class Shared:
     tasks: Tasks
     clock: Clock
     access_log: Callable[[Mapping[str, Any]], None]
+    workers: int = 1
+    """Processes that serve; a reload does not change it."""
 
 
 class Snapshot:
@@ -169,7 +179,12 @@ class Snapshot:
         taps_events = any(spec.filter_class.taps_events for spec in specs)
         call_filters: list[CallFilter] = self._make(bound.call, team.name)
         attempt_filters: list[AttemptFilter] = self._make(bound.attempt, team.name)
-        dispatch = Dispatch(models=self.models, taps_events=taps_events, team_keys=self._team_keys)
+        dispatch = Dispatch(
+            models=self.models,
+            taps_events=taps_events,
+            reads_beginnings=any(spec.filter_class.reads_beginnings for spec in specs),
+            team_keys=self._team_keys,
+        )
         dispatch.attempt_chain = link_attempt(attempt_filters, send)
         observers = [each for each in call_filters if each.sees_refused]
         return Policy(
@@ -196,6 +211,7 @@ class Snapshot:
         return Policy(team=team, run=refuse, refuse=refuse)
 
     def _make(self, specs: Sequence[FilterSpec], team: str) -> list[Any]:
+        config = self.bound.config
         made = []
         for spec in specs:
             kit = Kit(
@@ -208,6 +224,11 @@ class Snapshot:
                 upstreams=self.bound.upstream_sections.get(spec.name, {}),
                 origins=self._origins,
                 fetch=self._fetch,
+                store=StoreAddress(**dict(config.store)),
+                workers=self._shared.workers,
+                max_connections=sum(
+                    upstream.pool.max_connections for upstream in config.upstreams.values()
+                ),
                 resources=KitResources(self._shared.resources, self._generation),
             )
             made.append(spec.filter_class(spec.config, kit))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 
-from sidecar.call import Target
+from sidecar.call import Target, digest, key_of
 from sidecar.filter import CallNext
 
 
@@ -118,12 +117,7 @@ class Callers:
         """
         if self._fixed is not None:
             return self._fixed
-        key = headers.get("authorization", "")
-        if key[:7].lower() == "bearer ":
-            key = key[7:].strip()
-        else:
-            key = headers.get("x-api-key") or headers.get("api-key") or ""
-        return self._by_key.get(digest(key))
+        return self._by_key.get(digest(key_of(headers)))
 
 
 def offered_keys(value: str) -> list[str]:
@@ -137,8 +131,3 @@ def offered_keys(value: str) -> list[str]:
     except ValueError:
         pass  # no Basic
     return keys
-
-
-def digest(key: str) -> str:
-    """Hex SHA-256, under which a team's key is known."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -17,12 +20,30 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar import admin as admin_module
-from sidecar.admin import Admin
+from sidecar.admin import MAX_COMMAND_BYTES, Admin, NoPanel
 from sidecar.config import bind, load_config
 from sidecar.listen import remove_stale_socket, why_not
 from sidecar.metrics import FamilySnapshot, Metrics
 from sidecar.server import Server
 from tests.support.process import write_config
+
+
+class FakePanels:
+    """Two processes that show a circuit, one of which shows a queue, too."""
+
+    def __init__(self) -> None:
+        self.commands: list[tuple[str, dict[str, Any]]] = []
+
+    async def show(self) -> list[dict[str, Any]]:
+        return [{"circuits": ["closed"], "queue": {"waiting": 0}}, {"circuits": ["open"]}]
+
+    async def act(self, name: str, command: dict[str, Any]) -> list[Any]:
+        if name != "circuits":
+            raise NoPanel
+        if command.get("state") not in ("open", "closed"):
+            raise ValueError('"state" must be "open" or "closed"')
+        self.commands.append((name, command))
+        return [command["state"], command["state"]]
 
 
 class Served:
@@ -31,7 +52,13 @@ class Served:
     def __init__(self) -> None:
         self.state = "ready"
         self.metrics = Metrics()
-        self.admin = Admin(state=self.get_state, metrics=self.get_metrics, config=self.get_config)
+        self.panels = FakePanels()
+        self.admin = Admin(
+            state=self.get_state,
+            metrics=self.get_metrics,
+            config=self.get_config,
+            panels=self.panels,
+        )
 
     async def get_state(self) -> str:
         return self.state
@@ -131,6 +158,197 @@ async def test_answers_are_not_cached(session: aiohttp.ClientSession) -> None:
             assert answer.headers["cache-control"] == "no-store"
 
 
+# State
+
+
+async def test_state_shows_what_filters_show_in_each_process(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with session.get("/state") as answer:
+        assert (answer.status, answer.content_type) == (200, "application/json")
+        assert answer.headers["cache-control"] == "no-store"
+        assert await answer.json() == {
+            "workers": [{"circuits": ["closed"], "queue": {"waiting": 0}}, {"circuits": ["open"]}]
+        }
+    async with session.get("/state/circuits") as answer:
+        assert await answer.json() == {"workers": [["closed"], ["open"]]}
+    async with session.get("/state/queue") as answer:
+        assert await answer.json() == {"workers": [{"waiting": 0}]}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_state_that_nobody_shows_is_404_and_says_where_to_look(
+    served: Served, session: aiohttp.ClientSession, method: str
+) -> None:
+    command = {"state": "open"} if method == "POST" else None
+    async with session.request(method, "/state/circuit%2Fs", json=command) as answer:
+        assert answer.status == 404
+        assert await answer.json() == {
+            "error": 'no filter of this configuration shows "circuit/s": '
+            "GET /state lists what there is"
+        }
+    async with session.get("/state/" + "x" * 5_000) as answer:
+        assert answer.status == 404
+        assert len(await answer.text()) < 300
+    assert served.panels.commands == []
+
+
+async def test_command_is_done_and_every_processs_answer_shown(
+    served: Served, session: aiohttp.ClientSession
+) -> None:
+    command = {"state": "open", "for_s": 1.5, "model": "é"}
+    async with session.post("/state/circuits", json=command) as answer:
+        assert (answer.status, await answer.json()) == (200, {"workers": ["open", "open"]})
+    headers = {"content-type": "application/json; charset=utf-8"}
+    body = b'{"state": "closed"}'
+    async with session.post("/state/circuits", data=body, headers=headers) as answer:
+        assert answer.status == 200
+    assert served.panels.commands == [("circuits", command), ("circuits", {"state": "closed"})]
+
+
+async def test_wrong_command_is_400_with_what_the_filter_says(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with session.post("/state/circuits", json={"state": "ajar"}) as answer:
+        assert answer.status == 400
+        assert await answer.json() == {"error": '"state" must be "open" or "closed"'}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"open"', b"1", b"\xff", b"{}x"])
+async def test_command_that_is_no_json_object_is_400(
+    served: Served, session: aiohttp.ClientSession, body: bytes
+) -> None:
+    headers = {"content-type": "application/json"}
+    async with session.post("/state/circuits", data=body, headers=headers) as answer:
+        assert answer.status == 400
+        assert await answer.json() == {"error": "the command must be a JSON object"}
+    assert served.panels.commands == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"},  # what a page may send anywhere without being asked
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "multipart/form-data; boundary=x"},
+        {"content-type": "application/json", "origin": "http://127.0.0.1:9090"},
+        {"content-type": "application/json", "origin": "null"},
+    ],
+)
+async def test_command_that_a_web_page_may_have_sent_is_refused(
+    served: Served, session: aiohttp.ClientSession, headers: dict[str, str]
+) -> None:
+    body = b'{"state": "open"}'
+    async with session.post("/state/circuits", data=body, headers=headers) as answer:
+        assert answer.status == 415
+        assert "application/json" in (await answer.json())["error"]
+        assert "access-control-allow-origin" not in answer.headers
+    asks = {"origin": "http://page", "access-control-request-method": "POST"}
+    async with session.options("/state/circuits", headers=asks) as answer:
+        assert answer.status == 405
+        assert "access-control-allow-origin" not in answer.headers
+    assert served.panels.commands == []
+
+
+async def test_command_that_is_too_large_is_413(
+    served: Served, session: aiohttp.ClientSession
+) -> None:
+    for size, status in ((MAX_COMMAND_BYTES, 200), (MAX_COMMAND_BYTES + 1, 413)):
+        frame = len('{"state": "open", "x": ""}')
+        body = ('{"state": "open", "x": "' + "x" * (size - frame) + '"}').encode()
+        assert len(body) == size
+        headers = {"content-type": "application/json"}
+        async with session.post("/state/circuits", data=body, headers=headers) as answer:
+            assert answer.status == status
+    assert len(served.panels.commands) == 1
+
+
+SWITCH = """
+from sidecar.api import CallFilter
+
+
+class Panel:
+    def __init__(self):
+        self.is_on = False
+
+    async def show(self):
+        return {"on": self.is_on}
+
+    async def act(self, command):
+        if not isinstance(command.get("on"), bool):
+            raise ValueError('say {"on": true}')
+        self.is_on = command["on"]
+        return await self.show()
+
+
+class Switch(CallFilter):
+    def __init__(self, config, kit):
+        super().__init__(config, kit)
+        self.panel = kit.panel("switch", Panel)
+
+    def handle(self, call, call_next):
+        return call_next(call)
+"""
+
+
+async def test_panel_of_a_filter_is_shown_obeys_survives_a_reload_and_leaves_with_its_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "switching.py").write_text(SWITCH)
+    monkeypatch.delitem(sys.modules, "switching", raising=False)
+    without = "log: {access: 'off'}\nchains: {default: {call: [], attempt: []}}\n"
+    config = write_config(tmp_path, without.replace("[]", "['switching:Switch']", 1))
+    server = Server(bind(load_config(config)))
+    await server.start()
+    try:
+        async with aiohttp.ClientSession(f"http://{server.admin_address}") as session:
+
+            async def shown() -> Any:
+                async with session.get("/state") as answer:
+                    assert answer.status == 200
+                    return (await answer.json())["workers"]
+
+            assert await shown() == [{"switch": {"on": False}}]
+            with caplog.at_level("INFO", "sidecar.server"):
+                async with session.post("/state/switch", json={"on": True}) as answer:
+                    assert (answer.status, await answer.json()) == (
+                        200,
+                        {"workers": [{"on": True}]},
+                    )
+                async with session.post("/state/switch", json={"on": 1}) as answer:
+                    assert answer.status == 400
+            (record,) = [each for each in caplog.records if each.message == "state_changed"]
+            assert (vars(record)["panel"], vars(record)["command"]) == ("switch", {"on": True})
+
+            await server.reload(bind(load_config(config)))
+            assert await shown() == [{"switch": {"on": True}}]
+            await server.reload(bind(load_config(write_config(tmp_path, without))))
+            assert await shown() == [{}]
+            async with session.post("/state/switch", json={"on": True}) as answer:
+                assert answer.status == 404
+    finally:
+        await server.stop()
+
+
+async def test_config_shows_the_store_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORE_URL", "redis://user:canary-value@store:6379/1")
+    config = write_config(tmp_path, "log: {access: 'off'}\nstore: env:STORE_URL\n")
+    server = Server(bind(load_config(config)))
+    await server.start()
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{server.admin_address}/config") as answer,
+        ):
+            shown = await answer.text()
+    finally:
+        await server.stop()
+    assert "canary-value" not in shown
+    assert '"url": "env:STORE_URL"' in shown
+
+
 async def test_config_shows_references_and_no_secret_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,3 +438,34 @@ def test_reasons_are_short() -> None:
     )
     assert why_not(socket.gaierror(-2, "Name or service not known")) == "Name or service not known"
     assert why_not(OSError("/x is in use by another process")) == "/x is in use by another process"
+
+
+@pytest.mark.parametrize(
+    ("peer", "is_near"),
+    [
+        (("127.0.0.1", 40000), True),
+        (("::1", 40000, 0, 0), True),
+        (("::ffff:127.0.0.1", 40000, 0, 0), True),
+        ("", True),  # a unix socket
+        (("10.0.0.7", 40000), False),
+        (("fe80::1%eth0", 40000, 0, 2), False),
+    ],
+)
+async def test_commands_are_taken_from_this_machine_only(
+    served: Served,
+    session: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+    peer: Any,
+    is_near: bool,
+) -> None:
+    def extra_info(self: Any, name: str, default: Any = None) -> Any:
+        return peer if name == "peername" else default
+
+    monkeypatch.setattr(
+        "sidecar.admin.web.Request.transport",
+        SimpleNamespace(get_extra_info=partial(extra_info, 0)),
+    )
+    answer = await session.post("/state/circuits", json={"force": "open"})
+    assert (answer.status != 403) is is_near
+    if not is_near:
+        assert "this machine" in (await answer.json())["error"]

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from hashlib import sha256
+from math import inf
 from typing import Any
 
 import orjson
 import pytest
 
 from sidecar import call as call_module
-from sidecar.call import USAGE, Call, End, Key, Outcome, Scope, Usage, completed, end_of
+from sidecar.call import (
+    USAGE,
+    Call,
+    End,
+    Key,
+    Outcome,
+    Scope,
+    Usage,
+    completed,
+    end_of,
+    key_of,
+)
 from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError
 from sidecar.tasks import Tasks
 from tests.support.harness import Harness
@@ -230,6 +243,22 @@ def test_upstream_is_to_blame_for_these_ends_alone(outcome: Outcome, status: int
     assert End(outcome, status).upstream_fault is FAULTS[outcome, status]
 
 
+OURS = {Phase.ADMIT, Phase.SIGN, Phase.POOL}
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_upstream_is_not_to_blame_for_an_attempt_that_we_held_back(phase: Phase) -> None:
+    for status in (502, 503, 504):
+        error = UpstreamError(phase, Retry.ELSEWHERE, "any", "any", status=status)
+        end = End(Outcome.UPSTREAM_FAILED, status, error)
+        assert end.upstream_fault is (phase not in OURS)
+
+
+def test_upstream_that_asks_us_to_wait_before_it_fails_is_not_to_blame() -> None:
+    error = UpstreamError(Phase.FIRST_EVENT, Retry.SAME, "any", "any", status=429)
+    assert not End(Outcome.UPSTREAM_FAILED, 429, error).upstream_fault
+
+
 def test_completed_ends_are_made_once() -> None:
     assert completed(200) is completed(200)
     assert completed(503).upstream_fault
@@ -368,6 +397,153 @@ def test_stream_is_asked_for_in_so_many_words(body: bytes, is_stream: bool) -> N
 @pytest.mark.parametrize("body", [b'[{"stream": true}]', b'{"stream": true}\n{"stream": true}'])
 def test_body_that_is_no_json_object_is_no_stream(body: bytes) -> None:
     assert not call_of(body).is_stream
+
+
+# How long the caller waits
+
+
+def told(*headers: tuple[str, str]) -> Call:
+    return Harness().call(headers=headers)
+
+
+def left_s(call: Call) -> float:
+    """What is left when the call comes in."""
+    return call.time_left(call.received_at)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 30.0),
+        ("2.5", 2.5),
+        ("0.001", 0.001),
+        ("7.", 7.0),
+        (" 5 ", 5.0),
+        ("999999999", 3600.0),  # nobody holds a place for longer
+    ],
+)
+def test_deadline_is_the_callers_own_from_the_moment_it_called(text: str, seconds: float) -> None:
+    call = told(("X-Request-Timeout", text))
+    assert left_s(call) == pytest.approx(seconds)
+    assert call.deadline_at == pytest.approx(call.received_at + seconds)
+    assert call.time_left(call.received_at + seconds + 1.0) == pytest.approx(-1.0)
+
+
+def test_caller_that_says_nothing_waits_for_ever() -> None:
+    call = told(("x-a", "1"))
+    assert call.deadline_at is None
+    assert left_s(call) == inf
+
+
+@pytest.mark.parametrize("name", ["x-stainless-read-timeout", "X-Stainless-Timeout"])
+def test_deadline_is_else_what_the_sdk_says_of_itself(name: str) -> None:
+    assert left_s(told((name, "600"))) == 600.0
+    assert left_s(told((name, "59.5"))) == 59.5
+
+
+def test_callers_own_word_goes_before_its_sdks_and_the_read_timeout_before_the_other() -> None:
+    sdk = (("x-stainless-timeout", "10"), ("x-stainless-read-timeout", "20"))
+    assert left_s(told(*sdk)) == 20.0
+    assert left_s(told(*sdk, ("x-request-timeout", "30"))) == 30.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0.0", "00", "-1", "1s", "1e3", "inf", "nan", "1,5", ".5", "0x10", "١٢", "9" * 10],
+)
+def test_timeout_that_is_no_number_of_seconds_is_refused(text: str) -> None:
+    call = told(("x-request-timeout", text), ("x-stainless-timeout", "10"))
+    for _ in range(2):  # whoever asks, and again
+        with pytest.raises(Rejected) as raised:
+            left_s(call)
+        assert (raised.value.status, raised.value.code) == (400, "invalid_timeout")
+    assert "30 or 2.5" in raised.value.message
+
+
+@pytest.mark.parametrize("text", ["NOT_GIVEN", "None", "", "-1", "1e3", "inf", "0", "0.0"])
+def test_what_an_sdk_says_that_is_no_timeout_means_none(text: str) -> None:
+    assert told(("x-stainless-timeout", text)).deadline_at is None
+    assert told(("x-stainless-read-timeout", text)).deadline_at is None
+
+
+def test_malformed_read_timeout_leaves_the_sdks_other_word() -> None:
+    call = told(("x-stainless-read-timeout", "NOT_GIVEN"), ("x-stainless-timeout", "10"))
+    assert left_s(call) == 10.0
+
+
+class NoUpload:
+    async def readany(self) -> bytes:
+        return b""
+
+    async def hold(self) -> bytes:
+        return b"held"
+
+
+def test_sdk_waits_only_once_an_upload_is_sent_so_its_word_does_not_bound_it() -> None:
+    sdk, own = ("x-stainless-timeout", "10"), ("x-request-timeout", "30")
+    for headers, seconds in (((sdk,), inf), ((sdk, own), 30.0)):
+        call = told(*headers)
+        call.upload = NoUpload()
+        assert left_s(call) == seconds
+
+
+def test_deadline_is_read_from_the_headers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = told(("x-request-timeout", "5"))
+    assert left_s(call) == left_s(call) == 5.0
+    none = told()
+    assert none.deadline_at is None
+    monkeypatch.delattr(call_module, "_timeout_s")
+    assert left_s(call) == 5.0
+    assert none.deadline_at is None
+
+
+# Who calls
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("Authorization", "Bearer key-1"),
+        ("authorization", "bearer  key-1 "),
+        ("X-Api-Key", "key-1"),
+        ("api-key", "key-1"),
+    ],
+)
+def test_callers_key_is_known_by_the_beginning_of_its_digest(header: tuple[str, str]) -> None:
+    call = told(header)
+    assert call.key_id == sha256(b"key-1").hexdigest()[:16]
+    assert key_of(call.headers) == "key-1"
+
+
+@pytest.mark.parametrize(
+    "headers", [(), (("authorization", "Basic a2V5"),), (("authorization", "Bearer "),)]
+)
+def test_caller_without_a_key_has_no_key_id(headers: tuple[tuple[str, str], ...]) -> None:
+    assert told(*headers).key_id == ""
+
+
+# Waiting for upstreams
+
+
+def waited_s(*events: tuple[str, float]) -> float:
+    call = told()
+    for kind, at in events:
+        (call.wait_begins if kind == "begins" else call.wait_ends)(at)
+    return call.upstream_wait_s
+
+
+def test_waits_one_after_the_other_add_up() -> None:
+    assert waited_s(("begins", 1), ("ends", 3), ("begins", 10), ("ends", 11)) == 3
+
+
+def test_waits_at_the_same_time_count_once() -> None:
+    assert waited_s(("begins", 1), ("begins", 3), ("ends", 4), ("ends", 6)) == 5
+    apart = [("begins", 1), ("begins", 2), ("ends", 3), ("ends", 4), ("begins", 8), ("ends", 9)]
+    assert waited_s(*apart) == 4
+
+
+def test_wait_that_ended_first_may_be_told_last() -> None:
+    assert waited_s(("begins", 1), ("begins", 2), ("ends", 6), ("ends", 4)) == 5
 
 
 @pytest.mark.parametrize("kind", ["upstream", "reply"])

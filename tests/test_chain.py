@@ -42,6 +42,19 @@ class NeedsBoth(CallFilter):
     needs = frozenset({USAGE, COST})
 
 
+class ReadsUsage(CallFilter):
+    reads = frozenset({USAGE})
+
+
+class AttemptReadsBoth(AttemptFilter):
+    reads = frozenset({USAGE, COST})
+
+
+class GivesAndReadsCost(CallFilter):
+    gives = frozenset({COST})
+    reads = frozenset({COST})
+
+
 class AttemptGivesCost(AttemptFilter):
     gives = frozenset({COST})
 
@@ -162,6 +175,24 @@ ORDERS: list[tuple[list[type[Filter]], list[type[Filter]], list[str]]] = [
     ([PlainAttempt], [], ["PlainAttempt is an attempt filter: move it to the list `attempt`"]),
     ([], [Plain], ["Plain is a call filter: move it to the list `call`"]),
     ([], [Last, PlainAttempt], ["Last must be the last of the list `attempt`"]),
+    # Reads: by the end of the call, wherever the giver stands.
+    ([ReadsUsage, GivesUsage], [], []),
+    ([GivesUsage, ReadsUsage], [], []),
+    ([GivesUsage], [AttemptReadsBoth, AttemptGivesCost], []),
+    ([GivesAndReadsCost], [], []),
+    (
+        [ReadsUsage],
+        [AttemptGivesCost],
+        ["ReadsUsage reads usage: put a filter that gives it into the chain"],
+    ),
+    (
+        [NeedsUsage],
+        [AttemptReadsBoth],
+        [
+            "NeedsUsage needs usage: put a filter that gives it before it",
+            "AttemptReadsBoth reads cost, usage: put a filter that gives it into the chain",
+        ],
+    ),
     ([CallLast, Plain], [Last], ["CallLast must be the last of the list `call`"]),
     (
         [NeedsUsage, PlainAttempt],

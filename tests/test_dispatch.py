@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import orjson
 import pytest
 
+from sidecar import call as call_module
 from sidecar.api import (
     Attempt,
     AttemptFilter,
@@ -17,17 +19,19 @@ from sidecar.api import (
     Event,
     Filter,
     Outcome,
+    Phase,
     Rejected,
     Reply,
+    Retry,
     Target,
     Timeouts,
     UpstreamError,
 )
 from sidecar.call import End
-from sidecar.dialects import ANTHROPIC
+from sidecar.dialects import ANTHROPIC, OPENAI
 from sidecar.dispatch import Dispatch
 from sidecar.team import Models, Patterns, Team
-from tests.support.harness import MODEL, FakeUpstream, Harness, Sent
+from tests.support.harness import MODEL, FakeClock, FakeUpstream, Harness, Sent
 
 BODY = b'{"model": "gpt-4o-mini",  "messages": [], "unknown_field": 1.50}'
 
@@ -104,6 +108,22 @@ async def test_uncompressed_answer_is_asked_for_when_a_filter_looks_at_events() 
     got = await sent(LooksAtEvents, headers=headers)
     assert got.headers == {"accept-encoding": "identity"}
     assert (await sent(LooksAtEvents)).headers == {"accept-encoding": "identity"}
+
+
+class ReadsBeginnings(CallFilter):
+    reads_beginnings = True
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        return await call_next(call)
+
+
+async def test_only_encodings_that_can_be_read_are_asked_for_when_a_filter_reads_beginnings() -> (
+    None
+):
+    for accepted, asked in (("br, gzip", "gzip"), ("zstd, br", "identity"), ("*", "identity")):
+        got = await sent(ReadsBeginnings, headers=[("Accept-Encoding", accepted)])
+        assert got.headers == {"accept-encoding": asked}
+    assert (await sent(ReadsBeginnings)).headers == {}
 
 
 async def test_headers_of_filters_and_upstream_stand_over_the_clients() -> None:
@@ -265,24 +285,6 @@ async def test_second_attempt_knows_nothing_of_the_first(fails: bool) -> None:
     assert dict(run.call.headers) == {"X-A": "1", "x-b": "2"}
 
 
-async def test_filter_sets_the_timeouts_of_the_next_attempts() -> None:
-    seen: list[Timeouts] = []
-
-    class Hurries(CallFilter):
-        async def handle(self, call: Call, call_next: CallNext) -> Reply:
-            call.timeouts = Timeouts(first_byte_s=1.0)
-            return await call_next(call)
-
-    class Keeps(AttemptFilter):
-        async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
-            seen.append(attempt.timeouts)
-            return await call_next(attempt)
-
-    async with Harness(Hurries, Keeps) as harness:
-        await harness.run(harness.call(BODY))
-    assert seen == [Timeouts(first_byte_s=1.0)]
-
-
 # Ends of attempts
 
 
@@ -381,6 +383,163 @@ async def test_time_spent_waiting_for_upstreams_adds_up() -> None:
     assert run.call.upstream_wait_s == pytest.approx(6.0)
 
 
+class Hedges(CallFilter):
+    """Asks twice at the same time; returns the answer to the second."""
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        first, second = [asyncio.ensure_future(call_next(call)) for _ in range(2)]
+        (await first).discard()
+        return await second
+
+
+async def test_time_that_two_attempts_wait_at_once_counts_once() -> None:
+    async def answer(attempt: Attempt) -> Reply:
+        if attempt.number == 1:
+            await harness.clock.sleep(10.0)
+            attempt.first_byte_at = harness.clock.monotonic()
+        else:
+            harness.clock.turn(4.0)
+            harness.clock.turn(6.0)  # and the first is over, too
+            attempt.first_byte_at = attempt.started_at + 4.0
+        return Reply.of(200, b"{}")
+
+    async with Harness(Hedges) as harness:
+        harness.upstream.answer = answer
+        run = await harness.run()
+    assert run.call.attempts == 2
+    assert run.call.upstream_wait_s == pytest.approx(10.0)
+
+
+async def test_attempt_that_fails_while_another_waits_is_no_wait_of_its_own() -> None:
+    class Hopes(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            first, second = [asyncio.ensure_future(call_next(call)) for _ in range(2)]
+            with pytest.raises(UpstreamError):
+                await second
+            return await first
+
+    async def answer(attempt: Attempt) -> Reply:
+        if attempt.number == 1:
+            await harness.clock.sleep(7.0)
+            return Reply.of(200, b"{}")
+        harness.clock.turn(3.0)
+        harness.clock.turn(4.0)
+        return await harness.upstream.failing()(attempt)
+
+    async with Harness(Hopes) as harness:
+        harness.upstream.answer = answer
+        run = await harness.run()
+    assert run.client.status == 200
+    assert run.call.upstream_wait_s == pytest.approx(7.0)
+
+
+class SlowUpload:
+    """A body whose client takes 30 s to send it, or breaks it off after them."""
+
+    def __init__(self, clock: FakeClock, error: Rejected | None = None) -> None:
+        self._clock = clock
+        self._error = error
+
+    async def readany(self) -> bytes:
+        raise AssertionError("nobody streams it")
+
+    async def hold(self) -> bytes:
+        self._clock.turn(30.0)
+        if self._error is not None:
+            raise self._error
+        return b"audio"
+
+
+class Holds(AttemptFilter):
+    """Needs the whole body, as some signatures do."""
+
+    async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+        assert await attempt.hold_body() == b"audio"
+        return await call_next(attempt)
+
+
+@pytest.mark.parametrize("error", [None, Rejected(413, "body_too_large", "too large")])
+async def test_time_that_the_client_takes_for_its_body_is_no_wait_for_the_upstream(
+    error: Rejected | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[float] = []
+
+    async def answer(attempt: Attempt) -> Reply:
+        started.append(attempt.started_at)
+        harness.clock.turn(2.0)
+        return Reply.of(200, b"{}")
+
+    async with Harness(Holds) as harness:
+        monkeypatch.setattr(call_module, "monotonic", harness.clock.monotonic)
+        harness.upstream.answer = answer
+        call = harness.call(BODY)
+        call.body, call.upload = None, SlowUpload(harness.clock, error)
+        run = await harness.run(call)
+    if error is None:
+        assert run.call.upstream_wait_s == pytest.approx(2.0)
+        assert started == [call.received_at + 30.0]
+        assert harness.upstream.sent[0].body == b"audio"
+    else:
+        assert run.client.status == 413
+        assert run.call.upstream_wait_s == 0.0
+
+
+# The caller's deadline
+
+
+async def test_call_whose_deadline_has_passed_is_refused_and_nobody_is_asked() -> None:
+    class Dawdles(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            harness.clock.turn(2.0)
+            return await call_next(call)
+
+    ends: list[End] = []
+    async with Harness(Dawdles, ends_of(ends)) as harness:
+        run = await harness.run(harness.call(BODY, headers=[("x-request-timeout", "2")]))
+    error = run.client.error
+    assert error is not None
+    assert (run.client.status, error.code) == (504, "deadline_exceeded")
+    assert (run.call.attempts, harness.upstream.sent, ends) == (0, [], [])
+    assert run.call.end is not None
+    assert run.call.end.outcome is Outcome.REJECTED
+    assert run.call.upstream_wait_s == 0.0
+
+
+async def test_call_that_is_tried_again_past_its_deadline_makes_no_further_attempt() -> None:
+    class Again(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            for _ in range(3):
+                with contextlib.suppress(UpstreamError):
+                    return await call_next(call)
+            raise AssertionError("the deadline ends it")
+
+    async def answer(attempt: Attempt) -> Reply:
+        harness.clock.turn(1.0)
+        return await harness.upstream.failing()(attempt)
+
+    async with Harness(Again) as harness:
+        harness.upstream.answer = answer
+        run = await harness.run(harness.call(BODY, headers=[("x-request-timeout", "1.5")]))
+    assert (run.client.status, run.call.attempts) == (504, 2)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/fake/x"])
+async def test_malformed_timeout_is_refused_before_an_upstream_is_asked(path: str) -> None:
+    dialect = ANTHROPIC if path == "/v1/messages" else OPENAI
+    async with Harness(upstream=FakeUpstream(dialect=dialect)) as harness:
+        headers = [("x-request-timeout", "soon")]
+        run = await harness.run(harness.call(BODY, path=path, headers=headers))
+    assert run.client.headers["x-sidecar-error"] == "invalid_timeout"
+    assert run.client.status == 400
+    error = orjson.loads(run.client.data)["error"]
+    assert (error["code"], error["type"]) == ("invalid_timeout", "invalid_request_error")
+    assert harness.upstream.sent == []
+
+
+async def test_timeout_header_goes_on_to_the_upstream_as_it_came() -> None:
+    assert (await sent(headers=[("X-Request-Timeout", "9")])).headers == {"x-request-timeout": "9"}
+
+
 # The models endpoint
 
 NAMES = {"gpt-4o": (), "org/model": (), "claude-x": (), "qwen-*": ()}
@@ -423,3 +582,26 @@ async def test_models_endpoint_knows_nothing_that_the_team_may_not_use(path: str
     with pytest.raises(Rejected) as raised:
         await models(path, ("gpt-*",))
     assert (raised.value.status, raised.value.code) == (404, "model_not_found")
+
+
+async def test_attempt_that_was_held_back_is_no_attempt() -> None:
+    class HoldsBackOnce(AttemptFilter):
+        has_held = False
+
+        async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+            if not self.has_held:
+                self.has_held = True
+                raise UpstreamError(Phase.ADMIT, Retry.ELSEWHERE, "circuit_open", "not now")
+            return await call_next(attempt)
+
+    class Again(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            try:
+                return await call_next(call)
+            except UpstreamError:
+                assert call.attempts == 0
+                return await call_next(call)
+
+    async with Harness(Again, HoldsBackOnce) as harness:
+        run = await harness.run(harness.call(BODY))
+    assert (run.client.status, run.call.attempts) == (200, 1)

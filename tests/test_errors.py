@@ -77,4 +77,17 @@ def test_upstream_error_says_where_and_whether_to_try_again(phase: Phase, retry:
     error = UpstreamError(phase, retry, "upstream_closed", "closed", retry_after_s=2.0)
     assert (error.phase, error.retry, error.status) == (phase, retry, 502)
     assert error.retry_after_s == 2.0
+    assert error.provider_code == ""
     assert repr(error) == f"<UpstreamError {phase.value} upstream_closed retry={retry.value}>"
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_phases_before_anything_was_sent_by_our_own_decision_are_ours(phase: Phase) -> None:
+    assert phase.is_ours is (phase in {Phase.ADMIT, Phase.SIGN, Phase.POOL})
+
+
+def test_upstream_error_keeps_the_providers_own_word() -> None:
+    error = UpstreamError(
+        *(Phase.FIRST_EVENT, Retry.SAME, "upstream_error_event", "busy"), provider_code="overloaded"
+    )
+    assert (error.code, error.provider_code) == ("upstream_error_event", "overloaded")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
 
-from sidecar.api import CallFilter, FilterConfig, Secret
+from sidecar import api
+from sidecar.api import CallFilter, FilterConfig, Kit, Secret, StoreAddress
 from sidecar.config import Bound, bind, load_config
 from sidecar.config.registry import GROUP, builtin_filters, find_filter
 from sidecar.errors import ConfigError
-from sidecar.filter import HeaderName, KitResources
+from sidecar.filter import PANEL, HeaderName, KitResources
 from sidecar.resources import Resources
 from tests.support.harness import Harness, Use
 
@@ -183,6 +184,22 @@ def test_settings_are_strict_frozen_and_closed() -> None:
     assert Limits(header="X-Limit").header == "x-limit"
 
 
+def test_chain_without_a_giver_of_what_a_filter_reads_does_not_load(
+    folder: Path, configure: Configure
+) -> None:
+    (folder / "stamping.py").write_text(
+        "from sidecar.api import USAGE, CallFilter\n\n\n"
+        "class Stamp(CallFilter):\n    reads = frozenset({USAGE})\n"
+    )
+    with pytest.raises(ConfigError) as raised:
+        configure("request_id, 'stamping:Stamp'")
+    (problem,) = raised.value.problems
+    assert problem.message == "Stamp reads usage: put a filter that gives it into the chain"
+    assert (problem.path, problem.line) == ("chains.default", 2)
+    assert configure("'stamping:Stamp', token_counter")
+    assert configure("token_counter, 'stamping:Stamp'")
+
+
 def test_secret_in_settings_is_not_shown() -> None:
     class Hook(FilterConfig):
         token: Secret
@@ -201,7 +218,74 @@ async def test_filter_without_settings_refuses_every_key() -> None:
     await made.stop()
 
 
+# The kit
+
+
+def test_kit_says_where_shared_state_lives_and_how_many_share_the_machine() -> None:
+    seen: list[Kit] = []
+
+    class Looks(CallFilter):
+        def __init__(self, config: FilterConfig, kit: Kit) -> None:
+            super().__init__(config, kit)
+            seen.append(kit)
+
+    Harness(Looks)
+    store = StoreAddress(Secret("redis://:canary@h:1/0", "env:STORE"), "mine")
+    Harness(Looks, store=store, workers=4)
+    assert [(kit.store.url is None, kit.store.prefix, kit.workers) for kit in seen] == [
+        (True, "sidecar", 1),
+        (False, "mine", 4),
+    ]
+    assert "canary" not in repr(seen[1].store)
+
+
+class Switch:
+    """A panel of one switch."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+
+    async def show(self) -> Any:
+        return {"on": self.is_on}
+
+    async def act(self, command: Mapping[str, Any]) -> Any:
+        if not isinstance(command.get("on"), bool):
+            raise ValueError('say {"on": true} or {"on": false}')
+        self.is_on = command["on"]
+        return await self.show()
+
+
+def test_panel_is_made_by_whoever_asks_first_and_shared_by_name() -> None:
+    panels: list[Switch] = []
+
+    class Shows(CallFilter):
+        def __init__(self, config: FilterConfig, kit: Kit) -> None:
+            super().__init__(config, kit)
+            panels.append(kit.panel("switch", Switch))
+            panels.append(kit.panel("other", Switch))
+
+    harness = Harness(Shows, Shows)
+    assert panels[0] is panels[2] is not panels[1]
+    assert harness.resources.of_kind(PANEL) == {"switch": panels[0], "other": panels[1]}
+
+
+def test_api_has_all_that_a_filter_may_import() -> None:
+    for name in ("KeyGate", "LOST_USAGE", "Panel", "StoreAddress", "Timer"):
+        assert name in api.__all__
+        assert hasattr(api, name)
+
+
 # Resources
+
+
+async def test_panel_leaves_with_the_last_snapshot_that_uses_it() -> None:
+    resources = Resources()
+    for generation in (1, 2):
+        KitResources(resources, generation).get((PANEL, "switch"), Switch)
+    await resources.drop_user(1)
+    assert list(resources.of_kind(PANEL)) == ["switch"]
+    await resources.drop_user(2)
+    assert resources.of_kind(PANEL) == {}
 
 
 async def test_state_under_a_key_outlives_the_snapshot_that_made_it() -> None:

@@ -15,7 +15,8 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.config import bind, load_config
+from sidecar.admin import NoPanel
+from sidecar.config import Bound, Config, bind, load_config
 from sidecar.process import Supervisor, Worker, banner, reserve_port
 from sidecar.server import NotStarted
 from tests.support.process import (
@@ -246,6 +247,141 @@ def test_a_reserved_port_is_free_for_listeners_that_share_it() -> None:
             assert client.recv(1) == b""
 
 
+# What filters of workers show
+
+SWITCH = """
+import os
+
+from sidecar.api import CallFilter
+
+
+class Panel:
+    def __init__(self, workers):
+        self.workers = workers
+        self.is_on = False
+
+    async def show(self):
+        return {"pid": os.getpid(), "workers": self.workers, "on": self.is_on}
+
+    async def act(self, command):
+        if not isinstance(command.get("on"), bool):
+            raise ValueError('say {"on": true}')
+        self.is_on = command["on"]
+        return await self.show()
+
+
+class Switch(CallFilter):
+    def __init__(self, config, kit):
+        super().__init__(config, kit)
+        kit.panel("switch", lambda: Panel(kit.workers))
+
+    def handle(self, call, call_next):
+        return call_next(call)
+"""
+
+
+async def test_state_of_all_workers_is_shown_and_all_are_told(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    (tmp_path / "switching.py").write_text(SWITCH)
+    chains = "chains: {default: {call: ['switching:Switch'], attempt: []}}\n"
+    async with serving(write_config(tmp_path, chains), "--workers", "2") as sidecar:
+        state = f"{sidecar.admin_url}/state"
+
+        async def shown() -> list[Any]:
+            async with session.get(f"{state}/switch") as answer:
+                assert answer.status == 200
+                workers: list[Any] = (await answer.json())["workers"]
+                return workers
+
+        pids = sorted(workers_of(sidecar))
+        before = sorted(await shown(), key=lambda each: each["pid"])
+        assert before == [{"pid": pid, "workers": 2, "on": False} for pid in pids]
+        async with session.get(state) as answer:
+            assert [list(each) for each in (await answer.json())["workers"]] == [["switch"]] * 2
+
+        async with session.post(f"{state}/switch", json={"on": True}) as answer:
+            assert answer.status == 200
+            told = (await answer.json())["workers"]
+        assert sorted(each["pid"] for each in told) == pids
+        assert all(each["on"] for each in await shown())
+        await sidecar.event("state_changed", 2)
+
+        async with session.post(f"{state}/switch", json={"on": 1}) as answer:
+            assert (answer.status, await answer.json()) == (400, {"error": 'say {"on": true}'})
+        async with session.post(f"{state}/other", json={"on": True}) as answer:
+            assert answer.status == 404
+        headers = {"origin": "http://page"}
+        async with session.post(f"{state}/switch", json={"on": False}, headers=headers) as answer:
+            assert answer.status == 415
+
+        os.kill(pids[0], signal.SIGKILL)
+        await sidecar.event("worker_died")
+        assert [each["pid"] for each in await shown()] == [pids[1]]
+        async with session.post(f"{state}/switch", json={"on": False}) as answer:
+            assert answer.status == 400
+            error = (await answer.json())["error"]
+            assert error == "1 of 2 workers did not answer: try again"
+        assert await sidecar.end() == 0
+
+
+def told(*answers: tuple[int, Any]) -> tuple[Supervisor, list[tuple[str, Any]]]:
+    """A supervisor whose workers answer so, and what they are asked."""
+    config = Config.model_validate({"upstreams": {"a": {"dialect": "openai", "base_url": "mock:"}}})
+    bound = Bound(
+        config=config.model_copy(update={"workers": len(answers)}),
+        teams=(),
+        policies=(),
+        upstream_sections={},
+        files=(),
+        warnings=[],
+        notes=[],
+    )
+    supervisor = Supervisor(Path("config.yaml"), bound)
+    asked: list[tuple[str, Any]] = []
+
+    def answering(status: int, data: Any) -> Any:
+        async def ask(path: str, command: Any = None) -> tuple[int, Any]:
+            asked.append((path, command))
+            return status, data
+
+        return ask
+
+    for worker, answer in zip(supervisor._workers, answers, strict=True):
+        worker.ask = answering(*answer)  # type: ignore[method-assign]
+    return supervisor, asked
+
+
+async def test_a_worker_that_does_not_answer_is_an_error_of_the_command() -> None:
+    ok = (200, {"workers": ["done"]})
+    for silent in ((0, None), (500, None), (503, {"error": "no"})):
+        supervisor, asked = told(ok, silent, ok)
+        with pytest.raises(ValueError, match="1 of 3 workers did not answer: try again"):
+            await supervisor.act("switch", {"on": True})
+        assert asked == [("/state/switch", {"on": True})] * 3
+
+
+async def test_a_worker_that_refuses_a_command_speaks_for_all() -> None:
+    supervisor, _ = told((400, {"error": "say on"}), (0, None))
+    with pytest.raises(ValueError, match="say on"):
+        await supervisor.act("switch", {})
+    supervisor, _ = told((404, {"error": "none"}), (404, {"error": "none"}))
+    with pytest.raises(NoPanel):
+        await supervisor.act("switch", {})
+
+
+async def test_a_panels_name_cannot_leave_its_path() -> None:
+    supervisor, asked = told((200, {"workers": [1]}))
+    assert await supervisor.act("a/../b?c#d", {}) == [1]
+    assert asked == [("/state/a%2F..%2Fb%3Fc%23d", {})]
+
+
+async def test_state_is_that_of_the_workers_that_answer() -> None:
+    supervisor, asked = told((200, {"workers": [{"a": 1}]}), (0, None), (200, {"workers": [{}]}))
+    assert await supervisor.show() == [{"a": 1}, {}]
+    assert asked == [("/state", None)] * 3
+
+
 # Figures of workers that die while they are asked
 
 
@@ -271,7 +407,7 @@ async def test_figures_of_a_worker_that_died_while_it_was_asked_are_not_counted_
     worker.process = FakeProcess()  # type: ignore[assignment]
     worker.figures = counted(5)
 
-    async def ask(path: str) -> tuple[int, Any]:
+    async def ask(path: str, command: Any = None) -> tuple[int, Any]:
         worker.process = FakeProcess()  # type: ignore[assignment]
         worker.figures = []  # retired by who watches it
         return 200, counted(6)

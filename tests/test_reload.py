@@ -261,6 +261,7 @@ async def test_a_filter_that_does_not_start_keeps_the_running_configuration(
     monkeypatch.setattr(Counting, "start", fail)
     config = write_config(tmp_path, QUIET)
     async with live(config) as sidecar:
+        assert await sidecar.status() == 200  # some are made by the first call
         resources = len(sidecar.server._resources)
         config.write_text(
             config.read_text() + f"chains: {{default: {{call: ['{__name__}:Counting']}}}}\n"

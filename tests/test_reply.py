@@ -751,3 +751,110 @@ async def test_first_event_returns_none_when_the_body_is_discarded_meanwhile() -
     source.body.discard()
     async with asyncio.timeout(2):
         assert await waiting is None
+
+
+# The beginning of a body, without taking it
+
+TEXT = b'{"error": {"code": "overloaded", "message": "try later"}}'
+
+
+def replied(source: ScriptedSource) -> Reply:
+    return Reply(503, Headers(), source.body)
+
+
+GZIPPED = gzip.compress(TEXT, mtime=0)  # part of test names: the same in every process
+
+
+@pytest.mark.parametrize(
+    ("encoding", "wire", "expected"),
+    [
+        ("", TEXT, TEXT),
+        ("gzip", GZIPPED, TEXT),
+        ("x-gzip", GZIPPED, TEXT),
+        ("deflate", zlib.compress(TEXT), TEXT),
+        ("gzip", GZIPPED[:-9], TEXT),  # cut inside of its end
+        ("gzip", GZIPPED[:4], b""),
+        ("gzip", b"not what it says", b"not what it says"),
+        ("br", b"nobody here reads it", b"nobody here reads it"),
+        ("", b"", b""),
+    ],
+)
+async def test_beginning_of_a_body_is_read_decompressed_and_stays_in_hand(
+    encoding: str, wire: bytes, expected: bytes
+) -> None:
+    source, sink = ScriptedSource(encoding=encoding), ListSink()
+    source.finish(wire)
+    reply = replied(source)
+    assert reply.peeked() == expected
+    assert await reply.beginning() == expected
+    reply.body.attach(sink)
+    assert (sink.data, sink.is_complete) == (wire, True)
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+async def test_beginning_is_bounded_whatever_there_is_or_it_expands_to(encoding: str) -> None:
+    text = b"0123456789" * 100_000
+    source = ScriptedSource(encoding=encoding)
+    source.finish(gzip.compress(text) if encoding else text)
+    for found in (replied(source).peeked(200), await replied(source).beginning(200)):
+        assert 0 < len(found) <= 200
+        assert text.startswith(found)
+
+
+async def test_peeking_waits_for_nothing_and_beginning_for_what_is_still_to_come() -> None:
+    source = ScriptedSource()
+    source.feed(TEXT[:10])
+    reply = replied(source)
+    assert reply.peeked() == TEXT[:10]
+    waiting = asyncio.ensure_future(reply.beginning(within_s=5.0))
+    for start in range(10, len(TEXT) - 10, 10):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        source.feed(TEXT[start : start + 10])
+    await asyncio.sleep(0)
+    source.finish(TEXT[start + 10 :])
+    assert await waiting == TEXT
+
+
+async def test_beginning_is_there_as_soon_as_it_is_long_enough() -> None:
+    source = ScriptedSource()
+    waiting = asyncio.ensure_future(replied(source).beginning(8, within_s=5.0))
+    await asyncio.sleep(0)
+    source.feed(TEXT)
+    assert await waiting == TEXT[:8]
+    assert source.is_paused
+
+
+async def test_beginning_that_does_not_come_is_awaited_for_a_moment_only() -> None:
+    source = ScriptedSource()
+    source.feed(TEXT[:10])
+    async with asyncio.timeout(5.0):
+        assert await replied(source).beginning(within_s=0.01) == TEXT[:10]
+    source.finish(TEXT[10:])
+    assert replied(source).peeked() == TEXT
+
+
+async def test_beginning_of_a_body_that_breaks_off_or_is_given_up_is_what_there_is() -> None:
+    for end, left in (("fail", TEXT[:10]), ("discard", b"")):
+        source = ScriptedSource()
+        source.feed(TEXT[:10])
+        waiting = asyncio.ensure_future(replied(source).beginning(within_s=5.0))
+        await asyncio.sleep(0)
+        if end == "fail":
+            source.fail()
+        else:
+            source.body.discard()
+        assert await waiting == left
+
+
+async def test_who_is_cancelled_while_it_waits_for_the_beginning_leaves_the_body_as_it_is() -> None:
+    source = ScriptedSource()
+    reply = replied(source)
+    waiting = asyncio.ensure_future(reply.beginning(within_s=5.0))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    source.finish(TEXT)
+    assert reply.peeked() == TEXT

@@ -27,6 +27,20 @@ async def test_who_asks_for_the_same_key_gets_the_same_object() -> None:
     assert len(resources) == 2
 
 
+async def test_what_is_of_a_kind_is_found_by_name_while_somebody_uses_it() -> None:
+    resources = Resources()
+    circuits = resources.get(("panel", "circuits"), Pool, user=1)
+    limits = resources.get(("panel", "limits"), Pool, user=2)
+    for other in (("pool", "openai"), ("panel",), ("panel", "a", "b"), "panel"):
+        resources.get(other, Pool, user=1)
+    assert resources.of_kind("panel") == {"circuits": circuits, "limits": limits}
+    assert resources.of_kind("none") == {}
+    resources.of_kind("panel").clear()
+    await resources.drop_user(1)
+    assert resources.of_kind("panel") == {"limits": limits}
+    assert circuits.closed == [""]
+
+
 async def test_an_object_is_closed_when_its_last_user_leaves() -> None:
     resources = Resources()
     pool = resources.get("a", lambda: Pool("a"), user=1)

@@ -14,7 +14,9 @@ import aiohttp
 import pytest
 
 from sidecar.config import Bound, bind, load_config
-from sidecar.server import NotStarted, Server
+from sidecar.filter import PANEL
+from sidecar.resources import Resources
+from sidecar.server import NotStarted, ProcessPanels, Server
 from tests.support.process import (
     HeldUpstream,
     SidecarProcess,
@@ -75,6 +77,44 @@ async def raw_call(sidecar: SidecarProcess) -> tuple[asyncio.StreamReader, async
         b"content-length: %d\r\n\r\n" % len(data) + data
     )
     return reader, writer
+
+
+async def test_a_state_that_cannot_be_shown_hides_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Works:
+        async def show(self) -> Any:
+            return {"open": 1}
+
+    class Fails:
+        async def show(self) -> Any:
+            raise LookupError("canary")
+
+    resources = Resources()
+    resources.get((PANEL, "fails"), Fails)
+    resources.get((PANEL, "works"), Works)
+    (shown,) = await ProcessPanels(resources).show()
+    assert shown["works"] == {"open": 1}
+    assert list(shown["fails"]) == ["error"]
+    assert "canary" not in shown["fails"]["error"]
+    (record,) = caplog.records
+    assert (record.message, vars(record)["panel"]) == ("state_not_shown", "fails")
+
+
+async def test_filters_are_told_how_many_processes_there_are_and_not_how_many_there_should_be(
+    tmp_path: Path,
+) -> None:
+    """A reload starts no worker, so it must not change each one's part of a limit."""
+    config = write_config(tmp_path, "log: {access: 'off'}\n")
+    server = Server(bind(load_config(config)))
+    await server.start()
+    try:
+        config.write_text(config.read_text() + "workers: 4\n")
+        await server.reload(bind(load_config(config)))
+        assert server.snapshot.bound.config.workers == 4
+        assert {each.kit.workers for each in server.snapshot._filters} == {1}
+    finally:
+        await server.stop()
 
 
 # Draining

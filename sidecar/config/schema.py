@@ -256,8 +256,11 @@ FilterUse = Annotated[str, AfterValidator(_filter_use)]
 class ChainSettings(Settings):
     """The filters of a call, in the order in which they run."""
 
-    call: list[FilterUse] = ["request_id", "metrics", "access_log", "token_counter"]
-    attempt: list[FilterUse] = ["sign"]
+    call: list[FilterUse] = [
+        *("request_id", "metrics", "access_log", "rate_limit", "token_budget", "priority_queue"),
+        *("token_counter", "retry"),
+    ]
+    attempt: list[FilterUse] = ["circuit_breaker", "timeout", "upstream_limits", "sign"]
 
 
 class TeamSettings(Settings):
@@ -277,6 +280,54 @@ class TeamSettings(Settings):
     """Settings of filters, over those of `config.yaml`."""
 
 
+def _store_url(value: Any, info: ValidationInfo) -> Secret | None:
+    if value is None or isinstance(value, Secret):
+        return value
+    if value == "memory":
+        return None
+    how_to = (
+        'write "memory", "redis://host:port/db", "rediss://host:port/db", "unix:///path.sock", '
+        "env:NAME or file:PATH"
+    )
+    if not isinstance(value, str):
+        raise ValueError(how_to)
+    if value.startswith(("env:", "file:")) and isinstance(info.context, References):
+        secret = Secret.refer(value, info.context)
+        if not _STORE_URL.fullmatch(secret.reveal()):
+            raise ValueError(f"{value} must hold redis://[user:password@]host[:port][/db]")
+        return secret
+    if "@" in value:
+        raise ValueError(
+            "a password never stands in the file: put the whole URL behind env:NAME or file:PATH"
+        )
+    if not _STORE_URL.fullmatch(value):
+        raise ValueError(how_to)
+    return Secret(value, value)
+
+
+_STORE_URL = re.compile(
+    rf"rediss?://([^\s/@]*@)?{_HOST_AND_PORT}(/\d{{1,3}})?|unix://([^\s/@]*@)?/[^\s?#]+(\?db=\d{{1,3}})?"
+)
+
+
+class StoreSettings(Settings):
+    """State that several processes share. `redis://…` is short for `{url: redis://…}`."""
+
+    url: Annotated[Secret | None, PlainValidator(_store_url)] = None
+    """A Redis (from 6) or Valkey: `redis://host:port/db`, `rediss://…` (TLS), `unix:///path.sock`;
+    with a password behind `env:NAME` or `file:PATH`. null: the memory of each process."""
+    prefix: Kebab = "sidecar"
+    """Of all keys there; sidecars that share limits have the same."""
+    ca_file: LocalFile | None = None
+    """PEM bundle to trust instead of the system's, for `rediss://`."""
+
+
+def _store(value: Any) -> Any:
+    if value == "memory":
+        return {}
+    return {"url": value} if isinstance(value, str) else value
+
+
 class Config(Settings):
     """One `config.yaml`."""
 
@@ -288,8 +339,9 @@ class Config(Settings):
     """Processes that share the data port."""
     drain_s: float = Field(default=25.0, ge=0.0)
     """At shutdown, running calls may go on for so long."""
-    store: Literal["memory"] = "memory"
-    """Where shared state lives."""
+    store: Annotated[StoreSettings, BeforeValidator(_store)] = StoreSettings()
+    """Where limits, budgets and circuits live: `memory`, or `redis://host:port/db`, which several
+    processes share."""
     allow_anyone: bool = False
     """Serve callers without a team key although the data port is not a loopback address."""
     team: Kebab | None = None

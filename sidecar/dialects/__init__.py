@@ -7,7 +7,7 @@ filter's work.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sidecar.call import ChatView, Usage
 from sidecar.dialects.anthropic import ANTHROPIC
@@ -15,6 +15,8 @@ from sidecar.dialects.endpoint import Endpoint
 from sidecar.dialects.openai import OPENAI
 from sidecar.errors import CallError
 from sidecar.sse import Event
+
+LimitKind = Literal["requests", "tokens"]
 
 
 class Dialect(Protocol):
@@ -47,6 +49,13 @@ class Dialect(Protocol):
 
     def error_in(self, event: Event) -> tuple[str, str] | None:
         """Code and message when `event`, inside a 200, is an error."""
+        ...
+
+    def limit_headers(
+        self, kind: LimitKind, limit: int, remaining: int, reset_s: float, wall: float
+    ) -> dict[str, str]:
+        """What tells an SDK of a limit: of which calls or tokens are `remaining`, and in how many
+        seconds all of it is there again, seen from `wall` (Unix seconds)."""
         ...
 
     def models_body(self, names: Iterable[str]) -> bytes:

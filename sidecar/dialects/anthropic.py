@@ -6,6 +6,8 @@ Source: Anthropic API reference (Errors, Streaming messages); fields as of anthr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from math import ceil
 from typing import Any
 
 import orjson
@@ -82,6 +84,16 @@ class Anthropic:
         if not isinstance(error, dict):
             return "error", ""
         return str(error.get("type") or "error"), str(error.get("message", ""))
+
+    def limit_headers(
+        self, kind: str, limit: int, remaining: int, reset_s: float, wall: float
+    ) -> dict[str, str]:
+        at = datetime.fromtimestamp(ceil(wall + reset_s), UTC)
+        return {
+            f"anthropic-ratelimit-{kind}-limit": str(limit),
+            f"anthropic-ratelimit-{kind}-remaining": str(remaining),
+            f"anthropic-ratelimit-{kind}-reset": at.strftime("%Y-%m-%dT%H:%M:%SZ"),  # RFC 3339
+        }
 
     def models_body(self, names: Iterable[str]) -> bytes:
         data = [_model_fields(name) for name in names]

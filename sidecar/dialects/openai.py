@@ -6,6 +6,7 @@ Source: OpenAI API reference; error and usage fields as of openai-python 3.54.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import ceil
 from typing import Any
 
 import orjson
@@ -95,6 +96,15 @@ class OpenAI:
         if not isinstance(error, dict):
             return "error", str(error)
         return str(error.get("code") or error.get("type") or "error"), str(error.get("message", ""))
+
+    def limit_headers(
+        self, kind: str, limit: int, remaining: int, reset_s: float, wall: float
+    ) -> dict[str, str]:
+        return {
+            f"x-ratelimit-limit-{kind}": str(limit),
+            f"x-ratelimit-remaining-{kind}": str(remaining),
+            f"x-ratelimit-reset-{kind}": f"{ceil(reset_s * 1000)}ms",  # a duration as Go writes it
+        }
 
     def models_body(self, names: Iterable[str]) -> bytes:
         return orjson.dumps({"object": "list", "data": [_model_fields(name) for name in names]})

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from ipaddress import ip_network
 from pathlib import Path
 from time import monotonic
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
     getproxies_environment,
     proxy_bypass_environment,
 )
 
-from sidecar.call import Attempt, Timeouts
+from sidecar.call import Attempt, Timeouts, deadline_exceeded
 from sidecar.config.schema import TlsSettings, UpstreamSettings
 from sidecar.config.secret import Secret
 from sidecar.dialects import DIALECTS, Dialect
@@ -63,13 +64,32 @@ class LiveUpstream:
     def __repr__(self) -> str:
         return f"<Upstream {self.name} {self.pool!r}>"
 
-    async def send(self, attempt: Attempt) -> Reply:
+    def send(self, attempt: Attempt) -> Coroutine[Any, Any, Reply]:
         """Write the attempt, and return its reply once the first byte of the body is here.
 
         A kept connection that turns out to be closed is replaced when nothing was sent on it, or
-        when the request may be repeated. Raises `UpstreamError`. Cancelled, it closes the
-        connection at once.
+        when the request may be repeated. Raises `UpstreamError`, and `Rejected` (504) when the
+        caller's deadline comes first. Cancelled, it closes the connection at once.
         """
+        timeouts = attempt.timeouts
+        left_s = attempt.call.time_left(monotonic())
+        # A kept connection that closes without an answer, a fresh one, and the first event may
+        # each take `first_byte_s`; an upload takes as long as the client.
+        longest_s = timeouts.connect_s + 3 * timeouts.first_byte_s
+        if left_s > (longest_s if attempt.upload is None else timeouts.total_s):
+            return self._send(attempt)
+        return self._send_within(attempt, left_s)
+
+    async def _send_within(self, attempt: Attempt, left_s: float) -> Reply:
+        if left_s <= 0:  # a timer would let the request out before it rings
+            raise deadline_exceeded()
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._send(attempt)
+        except TimeoutError:
+            raise deadline_exceeded() from None
+
+    async def _send(self, attempt: Attempt) -> Reply:
         method, upload, timeouts = attempt.method, attempt.upload, attempt.timeouts
         body = attempt.body
         head = request_head(
@@ -136,7 +156,10 @@ class LiveUpstream:
             reply.discard()
             code, message = found
             text = f"the upstream answered 200 and then an error ({code}): {message}"
-            raise UpstreamError(Phase.FIRST_EVENT, Retry.SAME, "upstream_error_event", text[:500])
+            raise UpstreamError(
+                *(Phase.FIRST_EVENT, Retry.SAME, "upstream_error_event", text[:500]),
+                provider_code=code,
+            )
 
 
 def request_head(

@@ -39,6 +39,10 @@ class Needs(CallFilter):
     needs = frozenset({FACT})
 
 
+class Reads(CallFilter):
+    reads = frozenset({FACT})
+
+
 class Webhook(CallFilter):
     class Config(FilterConfig):
         token: Secret
@@ -68,6 +72,7 @@ BUILTIN: dict[str, type] = {
     "limit": Limit,
     "gives": Gives,
     "needs": Needs,
+    "reads": Reads,
     "webhook": Webhook,
     "sign": Sign,
     "breaker": Breaker,

@@ -533,6 +533,24 @@ def test_a_chain_in_a_wrong_order_is_refused(place: Place, chain: Chain) -> None
     ]
 
 
+def test_a_chain_that_nobody_gives_what_is_read_is_refused(place: Place, chain: Chain) -> None:
+    assert place.problems(chain("plain, reads")) == [
+        "config.yaml:4:12: chains.default: Reads reads fact: put a filter that gives it into the "
+        "chain",
+    ]
+    assert place.problems(chain("plain", more="  other: {call: [reads], attempt: []}\n")) == [
+        "config.yaml:5:10: chains.other: Reads reads fact: put a filter that gives it into the "
+        "chain",
+    ]
+
+
+@pytest.mark.parametrize("call", ["reads, plain, gives", "gives, reads"])
+def test_what_is_read_may_be_given_anywhere_in_the_chain(
+    place: Place, chain: Chain, call: str
+) -> None:
+    assert place.problems(chain(call)) == []
+
+
 def test_the_order_is_left_aside_while_filters_of_the_chain_are_missing(
     place: Place, chain: Chain
 ) -> None:

@@ -92,6 +92,12 @@ def test_a_missing_key_is_named(place: Place) -> None:
     ]
 
 
+STORE_HOW_TO = (
+    'write "memory", "redis://host:port/db", "rediss://host:port/db", "unix:///path.sock", '
+    "env:NAME or file:PATH"
+)
+
+
 def test_wrong_types_say_what_was_expected_and_found(place: Place) -> None:
     assert place.problems(
         "listen: 8080\nworkers: '2'\ndrain_s: [1]\nallow_anyone: on\nhttp: text\nlog: {level: 3}\n"
@@ -105,7 +111,7 @@ def test_wrong_types_say_what_was_expected_and_found(place: Place) -> None:
         "config.yaml:5:7: http: expected a mapping, found text",
         'config.yaml:6:14: log.level: expected "debug", "info", "warning" or "error", '
         "found a whole number",
-        'config.yaml:7:8: store: expected "memory"',
+        f"config.yaml:7:8: store: {STORE_HOW_TO}",
         "config.yaml:8:8: admin: expected text, found a mapping",
         "config.yaml:9:7: team: expected text, found true; write it in quotes",
         "config.yaml:10:14: filters.a: expected a mapping, found nothing",
@@ -275,6 +281,119 @@ def test_a_proxy_that_is_none_is_refused(place: Place, proxy: str, message: str)
 def test_a_proxy_may_be_the_environments_or_none(place: Place, proxy: str) -> None:
     loaded = place.load(f"upstreams: {{a: {{dialect: openai, base_url: 'mock:', proxy: {proxy}}}}}")
     assert loaded.config.upstreams["a"].proxy == proxy
+
+
+# The store
+
+
+@pytest.mark.parametrize(
+    ("store", "url"),
+    [
+        ("memory", None),
+        ("{}", None),
+        ("{url: null}", None),
+        ("{url: memory}", None),
+        ("redis://store", "redis://store"),
+        ("redis://store:6379/0", "redis://store:6379/0"),
+        ("redis://127.0.0.1:6379", "redis://127.0.0.1:6379"),
+        ("'redis://[::1]:6379/15'", "redis://[::1]:6379/15"),
+        ("rediss://store.example:6380/2", "rediss://store.example:6380/2"),
+        ("unix:///run/valkey.sock", "unix:///run/valkey.sock"),
+        ("'unix:///run/valkey.sock?db=3'", "unix:///run/valkey.sock?db=3"),
+        ("env:STORE", f"rediss://user:{CANARY}@store:6380/2"),
+        ("file:store_url", f"unix://:{CANARY}@/run/valkey.sock?db=1"),
+        ("{url: env:STORE}", f"rediss://user:{CANARY}@store:6380/2"),
+    ],
+)
+def test_a_store_is_memory_or_a_redis_url_or_a_reference_to_one(
+    place: Place, store: str, url: str | None
+) -> None:
+    place.environ["STORE"] = f"rediss://user:{CANARY}@store:6380/2"
+    place.write("store_url", f"unix://:{CANARY}@/run/valkey.sock?db=1\n")
+    found = place.load(f"{place.SMALLEST}store: {store}").config.store
+    assert (found.url.reveal() if found.url else None) == url
+    assert found.prefix == "sidecar"
+    assert CANARY not in repr(found)
+
+
+def test_without_a_word_state_lives_in_memory(place: Place) -> None:
+    assert place.load().config.store.url is None
+
+
+def test_a_stores_keys_may_have_another_prefix(place: Place) -> None:
+    store = place.load(place.SMALLEST + "store: {url: redis://h, prefix: team-a}").config.store
+    assert store.url is not None
+    assert (store.url.reveal(), store.prefix) == ("redis://h", "team-a")
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        *[
+            (text, STORE_HOW_TO)
+            for text in (
+                *("redsi", "''", "redis", "'redis:'", "redis://", "redis:///0", "http://h:6379"),
+                *("redis://h:x", "redis://h:1/db", "redis://h/0/1", "redis://h/1234"),
+                *("'redis://h?db=1'", "'redis://h:1/0#x'", "'redis://h 1'", "exec:x"),
+                *("unix:/run/a.sock", "unix://run/a.sock", "'unix:///a?x=1'", "REDIS://h"),
+            )
+        ],
+        (
+            f"redis://:{CANARY}@h:1",
+            "a password never stands in the file: put the whole URL behind env:NAME or file:PATH",
+        ),
+        (
+            f"redis://user:{CANARY}@h",
+            "a password never stands in the file: put the whole URL behind env:NAME or file:PATH",
+        ),
+        ("env:NONE", "the environment variable NONE is not set"),
+        ("file:none", "there is no file none"),
+        ("env:WRONG", "env:WRONG must hold redis://[user:password@]host[:port][/db]"),
+        ("5", "expected a mapping, found a whole number"),
+        ("[a]", "expected a mapping, found a list"),
+        ("null", "expected a mapping, found nothing"),
+    ],
+)
+def test_a_store_that_is_none_is_refused_and_not_shown(
+    place: Place, store: str, message: str
+) -> None:
+    place.environ["WRONG"] = CANARY
+    problems = place.problems(f"{place.SMALLEST}store: {store}")
+    assert problems == [f"config.yaml:5:8: store: {message}"]
+    assert CANARY not in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("store", "problem"),
+    [
+        ("{url: 5}", f"config.yaml:5:14: store.url: {STORE_HOW_TO}"),
+        ("{url: [x]}", f"config.yaml:5:14: store.url: {STORE_HOW_TO}"),
+        (
+            "{ulr: redis://h}",
+            'config.yaml:5:9: store.ulr: unknown key, did you mean "url"?',
+        ),
+        (
+            "{prefix: 'a b'}",
+            'config.yaml:5:17: store.prefix: write a name of letters, digits, ".", "_" and "-", '
+            "up to 100",
+        ),
+        (
+            "{prefix: 1}",
+            "config.yaml:5:17: store.prefix: expected text, found a whole number; write it in "
+            "quotes",
+        ),
+    ],
+)
+def test_a_stores_settings_are_refused_at_their_place(
+    place: Place, store: str, problem: str
+) -> None:
+    assert place.problems(f"{place.SMALLEST}store: {store}") == [problem]
+
+
+def test_a_file_with_a_stores_url_is_watched(place: Place) -> None:
+    place.write("store_url", "redis://:password@h")
+    bound = place.bind(place.SMALLEST + "store: file:store_url")
+    assert place.directory / "store_url" in bound.files
 
 
 def test_a_certificate_that_is_not_there_is_refused(place: Place) -> None:

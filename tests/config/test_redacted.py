@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
+import pytest
 
 from sidecar.config import redacted
 
@@ -35,6 +36,27 @@ def test_no_secret_is_shown_in_any_form(place: Place) -> None:
     assert config["filters"] == {"webhook": {"token": "file:key"}}
     assert shown["teams"][0]["keys"] == ["env:KEY", "sha256:cccccccc…"]
     everything = [orjson.dumps(shown).decode(), str(pickle.dumps(loaded)), repr(loaded)]
+    assert not [text for text in everything if CANARY in text]
+
+
+@pytest.mark.parametrize(
+    ("store", "shown"),
+    [
+        ("memory", {"url": None, "prefix": "sidecar", "ca_file": None}),
+        ("redis://h:6379/0", {"url": "redis://h:6379/0", "prefix": "sidecar", "ca_file": None}),
+        ("{url: env:STORE, prefix: p}", {"url": "env:STORE", "prefix": "p", "ca_file": None}),
+        ("file:store", {"url": "file:store", "prefix": "sidecar", "ca_file": None}),
+    ],
+)
+def test_a_store_is_shown_as_it_stands_in_the_file(
+    place: Place, store: str, shown: dict[str, Any]
+) -> None:
+    place.environ["STORE"] = f"redis://:{CANARY}@h"
+    place.write("store", f"redis://:{CANARY}@h")
+    loaded = place.load(f"{place.SMALLEST}store: {store}")
+    config = redacted(loaded.config, ())["config"]
+    assert config["store"] == shown
+    everything = [orjson.dumps(config).decode(), str(pickle.dumps(loaded)), repr(loaded)]
     assert not [text for text in everything if CANARY in text]
 
 

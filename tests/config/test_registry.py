@@ -92,7 +92,7 @@ def test_an_unknown_name_comes_with_the_one_that_was_meant(place: Place) -> None
     assert refusal(place, "limits") == 'there is no filter "limits", did you mean "limit"?'
     assert refusal(place, "zzz") == (
         'there is no filter "zzz"; known are: bad_config, breaker, gives, limit, needs, plain, '
-        "sign, webhook, or write module:Class"
+        "reads, sign, webhook, or write module:Class"
     )
 
 

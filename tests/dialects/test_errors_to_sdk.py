@@ -12,6 +12,7 @@ import openai
 import orjson
 import pytest
 
+from sidecar.call import deadline_exceeded
 from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI
 from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError
 
@@ -76,6 +77,20 @@ def message(client: anthropic.Anthropic, stream: bool = False) -> Any:
 
 
 ERRORS: list[tuple[CallError, type[Exception], str, type[Exception], str]] = [
+    (
+        Rejected(400, "invalid_timeout", "no number of seconds"),
+        openai.BadRequestError,
+        "invalid_request_error",
+        anthropic.BadRequestError,
+        "invalid_request_error",
+    ),
+    (
+        deadline_exceeded(),
+        openai.InternalServerError,
+        "api_error",
+        anthropic.DeadlineExceededError,
+        "timeout_error",
+    ),
     (
         Rejected(400, "invalid_json", "not JSON"),
         openai.BadRequestError,

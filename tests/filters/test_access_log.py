@@ -10,13 +10,26 @@ import pytest
 from filters.access_log import AccessLog
 from filters.sign import Sign, SignSettings
 from filters.token_counter import TokenCounter
-from sidecar.api import Attempt, CallError, Phase, Rejected, Reply, Retry, Secret, UpstreamError
+from sidecar.api import (
+    Attempt,
+    Call,
+    CallError,
+    CallFilter,
+    CallNext,
+    Phase,
+    Rejected,
+    Reply,
+    Retry,
+    Secret,
+    UpstreamError,
+)
 from tests.contract.scenarios import FIRST, SCENARIOS, Scenario
 from tests.support.harness import MODEL, Harness, Use
 
 FIELDS = {
     *("event", "time", "id", "team", "endpoint", "method", "model", "upstream", "attempts"),
-    *("status", "outcome", "bytes_in", "bytes_out", "first_byte_ms", "overhead_ms", "total_ms"),
+    *("status", "outcome", "bytes_in", "bytes_out", "first_byte_ms", "held_ms", "overhead_ms"),
+    "total_ms",
 }
 USAGE = b'{"usage": {"prompt_tokens": 3, "completion_tokens": 2}}'
 
@@ -94,6 +107,21 @@ async def test_times_tell_our_part_from_the_upstreams() -> None:
     assert line["overhead_ms"] == pytest.approx(500)
     assert line["total_ms"] == pytest.approx(5500)
     assert line["time"] == pytest.approx(began + 5.5)
+
+
+async def test_time_that_a_call_was_held_on_purpose_is_not_our_overhead() -> None:
+    class Holds(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            harness.clock.turn(2.0)
+            call.held_s += 1.5
+            return await call_next(call)
+
+    async with Harness(AccessLog, Holds) as harness:
+        await harness.run()
+    (line,) = harness.lines
+    assert line["first_byte_ms"] == pytest.approx(2000)
+    assert line["held_ms"] == pytest.approx(1500)
+    assert line["overhead_ms"] == pytest.approx(500)
 
 
 async def test_tokens_are_told_when_they_are_counted() -> None:

@@ -41,6 +41,12 @@ HELLO: Any = [{"role": "user", "content": "hello there"}]
 CHAT = "/v1/chat/completions"
 MESSAGES = "/v1/messages"
 
+AS_IT_COMES = {
+    "retry": {"max_attempts": 1},
+    "circuit_breaker": {"failure_threshold": 1_000_000},
+}
+"""Settings with which an upstream's failure reaches the client at once, and each time."""
+
 F = TypeVar("F")
 
 
@@ -335,6 +341,8 @@ async def running(
 ) -> AsyncIterator[Flow]:
     """A sidecar on a free port, with a provider on a unix socket as `up-openai`, `up-anthropic`.
 
+    Its default chain lets failures of an upstream pass as they come, unless `snippet` says more.
+
     `snippet` is YAML laid over the configuration, mapping by mapping; `files` are written beside
     it; `script` is the provider's. At the end nothing may be left and no error be in the log.
     """
@@ -351,8 +359,11 @@ async def running(
         },
         "models": {"gpt": ["up-openai"], "claude": ["up-anthropic"]},
     }
+    over = yaml.safe_load(snippet) or {}
+    if "chains" not in over:
+        config["filters"] = AS_IT_COMES
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(_laid_over(config, yaml.safe_load(snippet) or {})))
+    path.write_text(yaml.safe_dump(_laid_over(config, over)))
     for name, text in (files or {}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

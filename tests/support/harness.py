@@ -33,6 +33,7 @@ from sidecar.filter import (
     FilterConfig,
     Kit,
     KitResources,
+    StoreAddress,
 )
 from sidecar.headers import Headers
 from sidecar.metrics import Metrics
@@ -42,9 +43,23 @@ from sidecar.tasks import Tasks
 from sidecar.team import Models, Patterns, Team
 
 MODEL = "gpt-4o-mini"
+MEMORY = StoreAddress()
 PATIENCE_S = 5.0
 """Only a test that fails waits so long."""
 TEAM = Team("tests", "normal", Patterns(["*"]), frozenset({"fake"}))
+
+
+@dataclass(eq=False)
+class FakeTimer:
+    """What `FakeClock.call_later` gives."""
+
+    due: float
+    callback: Callable[[], object]
+    timers: list[FakeTimer]
+
+    def cancel(self) -> None:
+        if self in self.timers:
+            self.timers.remove(self)
 
 
 class FakeClock:
@@ -54,6 +69,7 @@ class FakeClock:
         self._monotonic = monotonic
         self._wall = wall
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+        self._timers: list[FakeTimer] = []
 
     def monotonic(self) -> float:
         return self._monotonic
@@ -70,10 +86,19 @@ class FakeClock:
         finally:
             self._sleepers.remove(sleeper)
 
+    def call_later(self, delay_s: float, callback: Callable[[], object]) -> FakeTimer:
+        timer = FakeTimer(self._monotonic + delay_s, callback, self._timers)
+        self._timers.append(timer)
+        return timer
+
     def turn(self, seconds: float) -> None:
-        """Let `seconds` pass and wake who slept until then, in the order of their times."""
+        """Let `seconds` pass; call and wake who waited until then, in the order of their times."""
         self._monotonic += seconds
         self._wall += seconds
+        for timer in sorted(self._timers, key=lambda each: each.due):
+            if timer.due <= self._monotonic and timer in self._timers:
+                timer.cancel()
+                timer.callback()
         for due, waiter in sorted(self._sleepers, key=lambda each: each[0]):
             if due <= self._monotonic and not waiter.done():
                 waiter.set_result(None)
@@ -398,7 +423,13 @@ class Harness:
         *filters: type[Filter] | Use,
         upstream: FakeUpstream | None = None,
         team: Team = TEAM,
+        store: StoreAddress = MEMORY,
+        workers: int = 1,
+        max_connections: int = 100,
     ) -> None:
+        self.max_connections = max_connections
+        self.store = store
+        self.workers = workers
         self.clock = FakeClock()
         self.metrics = Metrics()
         self.tasks = Tasks()
@@ -417,6 +448,8 @@ class Harness:
         dispatch = Dispatch(
             models=Models({MODEL: (target,)}),
             taps_events=any(each.taps_events for each in self.filters),
+            reads_beginnings=any(each.reads_beginnings for each in self.filters),
+            now=self.clock.monotonic,
         )
         dispatch.attempt_chain = link_attempt(attempts, send)
         self.run_call = link_call(calls, dispatch)
@@ -435,6 +468,9 @@ class Harness:
             upstreams=use.upstreams,
             origins={name: ("https", f"{name}.test") for name in use.upstreams},
             fetch=self.fetcher,
+            store=self.store,
+            workers=self.workers,
+            max_connections=self.max_connections,
             resources=KitResources(self.resources, 1),
         )
         return use.filter_class(use.filter_class.Config.model_validate(dict(use.settings)), kit)

@@ -42,6 +42,7 @@ async def test_error_event_fails_the_attempt_and_closes_the_connection(
     error = caught.value
     assert (error.phase, error.retry) == (Phase.FIRST_EVENT, Retry.SAME)
     assert "overloaded" in error.message
+    assert (error.code, error.provider_code) == ("upstream_error_event", "overloaded")
     await exchange.connection.closed()
 
 
