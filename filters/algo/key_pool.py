@@ -6,7 +6,7 @@ READY ──429──► RESTING ──after its time──► READY
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 PROBE_S = 30.0
 """A key that was set aside signs one attempt, and another one only after so long, until one of
@@ -49,24 +49,30 @@ class KeyPool:
         self._set_aside_s = set_aside_s
         self._next = 0
 
-    def choose(self, now: float) -> int:
-        """The key for the next attempt.
+    def choose(self, now: float, full_s: Mapping[int, float] | None = None) -> int:
+        """The key for the next attempt; not one of those that have no room for so long as is said.
 
         When all are set aside, the one whose turn to be tried again comes first: the provider's
         answer tells the caller what is wrong. Raises `AllResting` when waiting would help.
         """
         states, count = self._states, len(self._states)
-        if count == 1:
+        if count == 1 and not full_s:
             return 0
         for index in range(self._next, self._next + count):
             state = states[index % count]
             if state.rests_until > now or state.aside_until > now:
                 continue
+            if full_s and index % count in full_s:
+                continue
             if state.is_aside:
                 state.aside_until = now + PROBE_S
             self._next = (index + 1) % count
             return index % count
-        waits = [state.rests_until - now for state in states if not state.aside_until > now]
+        waits = [
+            max(state.rests_until - now, full_s.get(index, 0.0) if full_s else 0.0)
+            for index, state in enumerate(states)
+            if not state.aside_until > now
+        ]
         if waits:
             raise AllResting(min(waits))
         return min(range(count), key=lambda index: states[index].aside_until)

@@ -127,3 +127,20 @@ def test_beginning_of_a_rest_is_news_once() -> None:
     assert keys.limited(0, 0.0, 10.0)
     assert not keys.limited(0, 1.0, 10.0)
     assert keys.limited(0, 11.0, 10.0)
+
+
+def test_a_key_without_room_is_passed_over_like_one_that_rests() -> None:
+    keys = pool(3)
+    assert [keys.choose(0.0, {1: 9.0}) for _ in range(3)] == [0, 2, 0]
+    keys.limited(2, 0.0, 4.0)
+    assert keys.choose(0.0, {1: 9.0}) == 0
+    with pytest.raises(AllResting) as caught:
+        keys.choose(0.0, {0: 7.0, 1: 9.0})
+    assert caught.value.wait_s == 4.0
+
+
+def test_the_only_key_waits_for_room() -> None:
+    keys = pool(1)
+    with pytest.raises(AllResting) as caught:
+        keys.choose(0.0, {0: 7.0})
+    assert caught.value.wait_s == 7.0
