@@ -2,8 +2,16 @@
 
 BUILTIN = {
     "access_log": "filters.access_log:AccessLog",
+    "circuit_breaker": "filters.circuit_breaker:CircuitBreaker",
+    "hedge": "filters.hedge:Hedge",
     "metrics": "filters.metrics:CallMetrics",
+    "priority_queue": "filters.priority_queue:PriorityQueue",
+    "rate_limit": "filters.rate_limit:RateLimit",
     "request_id": "filters.request_id:RequestId",
+    "retry": "filters.retry:RetryCalls",
     "sign": "filters.sign:Sign",
+    "timeout": "filters.timeout:Timeout",
+    "token_budget": "filters.token_budget:TokenBudget",
     "token_counter": "filters.token_counter:TokenCounter",
+    "upstream_limits": "filters.upstream_limits:UpstreamLimits",
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,7 +89,7 @@ class Answers:
             if self.are_read:
                 text = await _refusal(reply)
         elif self._are_read_within_200 and reply.body.media_type == "application/json":
-            text = _plain(reply, reply.body.peek())
+            text = reply.peeked(LOOKED_AT_BYTES)
         if text:
             expired = self._scheme.expired if status >= 400 else self._scheme.expired_within_200
             is_clock = any(mark in text for mark in expired)
@@ -159,22 +157,5 @@ class Answers:
 
 async def _refusal(reply: Reply) -> bytes:
     """The beginning of a refusal's body, with its header values."""
-    try:
-        async with asyncio.timeout(LOOKED_FOR_S):
-            await reply.body.wait_for(LOOKED_AT_BYTES)
-    except TimeoutError:
-        pass
-    text = _plain(reply, reply.body.peek())
+    text = await reply.beginning(LOOKED_AT_BYTES, within_s=LOOKED_FOR_S)
     return b"\n".join([text, *[value for _, value in reply.headers.raw()]])
-
-
-def _plain(reply: Reply, data: bytes) -> bytes:
-    """The first of `data`, decompressed if need be."""
-    data = data[:LOOKED_AT_BYTES]
-    if reply.body.encoding in ("gzip", "x-gzip", "deflate"):
-        try:
-            inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-            return inflate.decompress(data, LOOKED_AT_BYTES)
-        except zlib.error:
-            pass
-    return data

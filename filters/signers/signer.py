@@ -28,6 +28,7 @@ from sidecar.api import (
     Retry,
     UpstreamError,
     field,
+    within_deadline,
 )
 
 REDIRECTS = frozenset({300, 301, 302, 303, 307, 308})
@@ -69,7 +70,7 @@ class UpstreamSigner:
         place = ("sign", upstream, origin, settings.scheme)
         get = kit.resources.get
         self._offset = get((*place, "offset"), ClockOffset)
-        digests = tuple(digest(each) for each in settings.keys)
+        self.digests = digests = tuple(digest(each) for each in settings.keys)
         self._states = states = [get((*place, "key", each), KeyState) for each in digests]
         set_aside_s = SET_ASIDE_S
         if isinstance(settings, PoolSettings):
@@ -106,10 +107,21 @@ class UpstreamSigner:
         if end.outcome is Outcome.COMPLETED or end.outcome is Outcome.DISCARDED:
             self._answers.judge(0, end.status, rest_s=DEFAULT_REST_S, chosen_at=inf)
 
+    async def run_fixed(
+        self, wait: Awaitable[float], attempt: Attempt, call_next: AttemptNext
+    ) -> Reply:
+        """What `always` signs, once the answer is here whether the key has room within limits."""
+        if wait_s := await wait:
+            raise no_room(wait_s)
+        attempt.headers.put(self._keys[0].fields)
+        attempt.on_end(self.ended)
+        return await call_next(attempt)
+
     async def run(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
         """Sign the attempt, pass it on, and learn from how the answer begins."""
         if self._needs_body and attempt.upload is not None:
-            await attempt.hold_body()
+            async with within_deadline(attempt.call, self._clock.monotonic()):
+                await attempt.hold_body()
         index, token = await self._choose(attempt)
         key = self._keys[index]
         chosen_at = self._clock.monotonic()
@@ -133,20 +145,29 @@ class UpstreamSigner:
 
     async def _choose(self, attempt: Attempt) -> tuple[int, Token | None]:
         """The key for this attempt and, where keys are exchanged for one, its token."""
-        exchange = self._scheme.exchange
+        exchange, gate = self._scheme.exchange, attempt.key_gate
         failure: Exception | None = None
+        full_s: dict[int, float] = {}  # how long each has no room that has none
         for _ in self._keys:
             try:
-                index = self._pool.choose(self._clock.monotonic())
+                index = self._pool.choose(self._clock.monotonic(), full_s)
             except AllResting as resting:
-                if failure is None:
+                if failure is None and not full_s:
                     message = "the upstream asked every key of ours to wait"
                     raise UpstreamError(
                         *(Phase.SIGN, Retry.ELSEWHERE, "upstream_keys_resting", message),
                         status=429,
                         retry_after_s=resting.wait_s,
                     ) from None
+                if failure is None:
+                    raise no_room(resting.wait_s) from None
                 break
+            if gate is not None:
+                answer = gate(self.digests[index])
+                wait_s = answer if isinstance(answer, float) else await answer
+                if wait_s:
+                    full_s[index] = wait_s
+                    continue
             tokens = self._keys[index].tokens
             if exchange is None or tokens is None:
                 return index, None
@@ -154,6 +175,8 @@ class UpstreamSigner:
                 return index, await self._token(index, tokens, exchange, attempt)
             except (NoToken, TimeoutError) as error:
                 failure = error  # its neighbours may have one
+        if failure is None:
+            raise no_room(min(full_s.values()))
         late = isinstance(failure, TimeoutError)
         message = "there is no token for the upstream's credentials"
         raise UpstreamError(
@@ -169,7 +192,10 @@ class UpstreamSigner:
 
         token = tokens.current(fetch)
         if token is None:
-            async with asyncio.timeout(attempt.timeouts.total_s):
+            async with (
+                within_deadline(attempt.call, self._clock.monotonic()),
+                asyncio.timeout(attempt.timeouts.total_s),
+            ):
                 token = await tokens.get(fetch)
         return token
 
@@ -271,6 +297,25 @@ class UpstreamSigner:
         if signed.good_until:
             key.good_until = self._clock.monotonic() + signed.good_until - now
         return signed
+
+
+async def unsigned(attempt: Attempt, call_next: AttemptNext) -> Reply:
+    """Pass on what gets no credentials of ours, once there is room for the caller's own."""
+    if attempt.key_gate is not None:
+        answer = attempt.key_gate("")
+        if wait_s := answer if isinstance(answer, float) else await answer:
+            raise no_room(wait_s)
+    return await call_next(attempt)
+
+
+def no_room(wait_s: float) -> UpstreamError:
+    """No key may be used yet."""
+    message = "no key of ours has room within the upstream's limits"
+    return UpstreamError(
+        *(Phase.ADMIT, Retry.ELSEWHERE, "upstream_limit_reached", message),
+        status=429,
+        retry_after_s=wait_s,
+    )
 
 
 def _take_off(parameters: Iterable[str], reply: Reply) -> None:

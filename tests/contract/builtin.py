@@ -10,10 +10,23 @@ from filters import BUILTIN
 from sidecar.api import Filter, Secret
 from tests.support.harness import Use
 
-SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "circuit_breaker": {"failure_threshold": 1000},  # calls must go on as before
+    "priority_queue": {"max_in_flight": 10},
+    "rate_limit": {"requests_per_minute": 1000, "burst": 100, "concurrency": 100},
+    "retry": {"max_attempts": 1},  # a second try waits for the clock, which nobody turns
+    "timeout": {"first_byte_s": 100.0},
+    "token_budget": {"tokens_per_minute": 1_000_000},
+}
 """Of filters that do not work with their defaults."""
 
 UPSTREAM_SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "circuit_breaker": {"plain": {}},
+    "retry": {"plain": {}},
+    "upstream_limits": {
+        "configured": {"requests_per_minute": 1000, "tokens_per_minute": 10**6, "concurrency": 100},
+        "by_key": {"requests_per_minute": 1000, "per": ["model", "key"]},
+    },
     "sign": {
         "fixed": {"scheme": "bearer", "key": Secret("sk-upstream")},
         "pool": {"scheme": "bearer", "pool": [{"key": Secret("sk-1")}, {"key": Secret("sk-2")}]},

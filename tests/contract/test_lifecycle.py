@@ -65,10 +65,17 @@ def test_every_setting_is_explained_beside_its_field(name: str) -> None:
     found = filter_class(name)
     for settings in (found.Config, found.UpstreamConfig):
         if settings is not None and settings.model_fields:
-            (node,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
-            assert isinstance(node, ast.ClassDef)
+            classes = [
+                each for each in settings.__mro__ if each.__module__ != FilterConfig.__module__
+            ]
+            sources = [
+                inspect.getsource(each) for each in classes if issubclass(each, FilterConfig)
+            ]
+            nodes = [ast.parse(textwrap.dedent(source)).body[0] for source in sources]
             explained = {
                 field.target.id
+                for node in nodes
+                if isinstance(node, ast.ClassDef)
                 for field, text in pairwise(node.body)
                 if isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)

@@ -709,6 +709,24 @@ async def test_token_that_is_waited_for_too_long_ends_the_attempt_in_time() -> N
         await harness.resources.close()
 
 
+async def test_token_is_not_waited_for_beyond_the_callers_deadline() -> None:
+    async with Harness(baidu("secret-one")) as harness:
+
+        async def never() -> Fetched:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError
+
+        harness.fetcher.answer = never
+        run = await harness.run(harness.call(headers=[("x-request-timeout", "0.01")]))
+        assert (run.client.status, run.client.headers["x-sidecar-error"]) == (
+            504,
+            "deadline_exceeded",
+        )
+        assert run.call.end is not None
+        assert run.call.end.outcome is Outcome.REJECTED
+        await harness.resources.close()
+
+
 async def test_mistake_of_ours_in_an_exchange_is_logged_and_pauses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
