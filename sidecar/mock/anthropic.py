@@ -16,6 +16,7 @@ from sidecar.mock.content import (
     BadRequestError,
     Content,
     JsonObject,
+    Told,
     ToolCall,
     count_words,
     encode_pieces,
@@ -26,6 +27,7 @@ from sidecar.mock.content import (
     read_object,
     required_messages,
     required_text,
+    tell,
 )
 from sidecar.mock.script import Settings
 
@@ -105,6 +107,7 @@ def _plain(
     model: str,
     input_tokens: int = 0,
     output_tokens: int = 0,
+    told: tuple[Told, ...] = (),
 ) -> Answer:
     return Answer(
         settings.status or 200,
@@ -114,6 +117,7 @@ def _plain(
         model=model,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
+        told=told,
     )
 
 
@@ -143,16 +147,19 @@ def _messages(
     }
     if data.get("stream") is not True:
         finished = message | {"content": [_block(call, content)], "stop_reason": reason}
+        whole = tell(settings, 0, input_tokens, len(pieces))
         return _plain(
             settings,
-            finished | _usage(settings, input_tokens, len(pieces)),
+            finished | _usage(whole),
             model=model,
             input_tokens=input_tokens,
             output_tokens=len(pieces),
+            told=(whole,) if whole else (),
         )
 
     # At the start the provider tells a small first output count; the last one is what counts.
-    first = message | _usage(settings, input_tokens, min(1, len(pieces)))
+    at_start = tell(settings, 1, input_tokens, min(1, len(pieces)))
+    first = message | _usage(at_start)
     opening: JsonObject = {"type": "text", "text": ""}
     if call:
         opening = {"type": "tool_use", "id": call.call_id, "name": call.name, "input": {}}
@@ -168,9 +175,10 @@ def _messages(
         "type": "message_delta",
         "delta": {"stop_reason": reason, "stop_sequence": None},
     }
+    at_end = tell(settings, len(events) + 2, input_tokens, len(pieces))
     events += [
         _named({"type": "content_block_stop", "index": 0}),
-        _named(end | _usage(settings, input_tokens, len(pieces))),
+        _named(end | _usage(at_end)),
         _named({"type": "message_stop"}),
     ]
     return Answer(
@@ -183,6 +191,7 @@ def _messages(
         input_tokens=input_tokens,
         output_tokens=len(pieces),
         content_start=content_start,
+        told=tuple(filter(None, (at_start, at_end))),
     )
 
 
@@ -219,18 +228,16 @@ def _count_input(data: JsonObject, messages: list[JsonObject]) -> int:
     return count_words(data.get("system"), *(message.get("content") for message in messages))
 
 
-def _usage(settings: Settings, input_tokens: int, output_tokens: int) -> JsonObject:
+def _usage(told: Told | None) -> JsonObject:
     """The field `usage`, or nothing when it is to be missing. In a stream it is cumulative."""
-    if settings.usage == "none":
+    if told is None:
         return {}
-    if settings.usage == "wrong":
-        input_tokens, output_tokens = input_tokens * 10 + 7, output_tokens * 10 + 7
     return {
         "usage": {
-            "input_tokens": input_tokens,
+            "input_tokens": told.input_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0,
-            "output_tokens": output_tokens,
+            "output_tokens": told.output_tokens,
         }
     }
 

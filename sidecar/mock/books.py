@@ -1,12 +1,15 @@
 """What the mock provider has served, kept for whoever checks a proxy's own accounting.
 
-Counts are of what was really sent, also when a stream was cut or its usage was wrong on purpose.
+Counts are of what was really sent, also when a stream was cut or its usage was wrong on purpose;
+beside them stands what clients were told.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, fields
+
+from sidecar.mock.content import Told
 
 _MAX_KEPT_BYTES = 64 * 1024 * 1024
 _MAX_MODELS = 1000
@@ -26,9 +29,12 @@ class Received:
     # Only the first 4 MiB on a path that is merely echoed.
     body: bytes = field(default=b"", repr=False)
     body_bytes: int = 0  # received so far, or in all
+    model: str = ""  # as the answer names it
     status: int | None = None  # of the head sent
+    answer_began_at: float | None = None  # when bytes of a good answer's body went out
     events_sent: int = 0
     output_tokens_sent: int = 0
+    told: Told | None = None  # the usage that the client was told, right or wrong
     is_answered: bool = False  # the whole answer was handed to the socket
     client_gone: bool = False  # left before that
     client_gone_at: float | None = None
@@ -62,6 +68,8 @@ class ModelBook:
     aborted_streams: int = 0  # those of them that were streams
     input_tokens: int = 0  # of every call whose 2xx head was sent
     output_tokens: int = 0  # really sent
+    told_input_tokens: int = 0  # as told to clients, the last time where it was told twice
+    told_output_tokens: int = 0
     events: int = 0  # server-sent events wholly sent
 
 

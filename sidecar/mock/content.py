@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import orjson
 
@@ -34,12 +35,21 @@ class BadRequestError(Exception):
         self.param = param
 
 
+class Told(NamedTuple):
+    """Usage as an answer tells it: in a stream, with the event of that number, from 1."""
+
+    event: int
+    input_tokens: int
+    output_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer before it is put on the wire: either a body, or the events of a stream.
 
     `content_start` is the index of the first event that carries an output token; the tokens are
-    in consecutive events, one each. `request_id_header` names the header the dialect uses.
+    in consecutive events, one each. `request_id_header` names the header the dialect uses. `told`
+    is what the answer says it used, right or wrong; each replaces the one before.
     """
 
     status: int
@@ -52,10 +62,15 @@ class Answer:
     input_tokens: int = 0
     output_tokens: int = 0
     content_start: int = 0
+    told: tuple[Told, ...] = ()
 
     def tokens_after(self, events: int) -> int:
         """Output tokens a client has seen after that many events of the stream."""
         return max(0, min(events - self.content_start, self.output_tokens))
+
+    def told_after(self, events: int) -> Told | None:
+        """The usage a client has been told after that many events of the stream."""
+        return next((told for told in reversed(self.told) if told.event <= events), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +149,15 @@ def last_user_text(messages: list[JsonObject]) -> str:
 
 def count_words(*contents: object) -> int:
     return sum(len(text_of(content).split()) for content in contents)
+
+
+def tell(settings: Settings, event: int, input_tokens: int, output_tokens: int) -> Told | None:
+    """The usage as the settings want it told; None when it is to be missing."""
+    if settings.usage == "none":
+        return None
+    if settings.usage == "wrong":
+        input_tokens, output_tokens = input_tokens * 10 + 7, output_tokens * 10 + 7
+    return Told(event, input_tokens, output_tokens)
 
 
 def limit_of(data: JsonObject, *names: str) -> int | None:

@@ -19,6 +19,7 @@ from sidecar.mock.content import (
     BadRequestError,
     Content,
     JsonObject,
+    Told,
     ToolCall,
     count_words,
     encode_pieces,
@@ -29,6 +30,7 @@ from sidecar.mock.content import (
     read_object,
     required_messages,
     required_text,
+    tell,
     text_of,
 )
 from sidecar.mock.script import Settings
@@ -116,6 +118,7 @@ def _plain(
     model: str = "",
     input_tokens: int = 0,
     output_tokens: int = 0,
+    told: Told | None = None,
 ) -> Answer:
     return Answer(
         settings.status or 200,
@@ -125,6 +128,7 @@ def _plain(
         model=model,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
+        told=(told,) if told else (),
     )
 
 
@@ -136,6 +140,7 @@ def _stream(
     input_tokens: int,
     output_tokens: int,
     content_start: int,
+    told: Told | None,
     error_event: bytes | None = None,
 ) -> Answer:
     return Answer(
@@ -148,6 +153,7 @@ def _stream(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         content_start=content_start,
+        told=(told,) if told else (),
     )
 
 
@@ -160,20 +166,12 @@ def _identity(prefix: str, data: JsonObject) -> str:
     return prefix + hashlib.blake2b(orjson.dumps(data), digest_size=12).hexdigest()
 
 
-def _tokens(settings: Settings, count: int) -> int:
-    """A token count as told to the client."""
-    return count * 10 + 7 if settings.usage == "wrong" else count
-
-
-def _usage(settings: Settings, input_tokens: int, output_tokens: int) -> JsonObject | None:
-    """Usage of chat and completions; None when it is to be missing."""
-    if settings.usage == "none":
-        return None
-    told_input, told_output = _tokens(settings, input_tokens), _tokens(settings, output_tokens)
+def _usage(told: Told) -> JsonObject:
+    """Usage of chat and completions."""
     return {
-        "prompt_tokens": told_input,
-        "completion_tokens": told_output,
-        "total_tokens": told_input + told_output,
+        "prompt_tokens": told.input_tokens,
+        "completion_tokens": told.output_tokens,
+        "total_tokens": told.input_tokens + told.output_tokens,
         "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
     }
@@ -221,10 +219,16 @@ def _chat(data: JsonObject, settings: Settings) -> Answer:
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
         reply = chunk | {"object": "chat.completion", "choices": [choice]}
         reply.pop("usage", None)
-        if usage := _usage(settings, input_tokens, len(pieces)):
-            reply["usage"] = usage
+        told = tell(settings, 0, input_tokens, len(pieces))
+        if told:
+            reply["usage"] = _usage(told)
         return _plain(
-            settings, reply, model=model, input_tokens=input_tokens, output_tokens=len(pieces)
+            settings,
+            reply,
+            model=model,
+            input_tokens=input_tokens,
+            output_tokens=len(pieces),
+            told=told,
         )
 
     first: JsonObject = {"role": "assistant", "content": "", "refusal": None}
@@ -240,8 +244,9 @@ def _chat(data: JsonObject, settings: Settings) -> Answer:
     content_start = len(events)
     events += encode_pieces(pieces, template, _PIECE_MARK)
     events.append(_data(_chat_choice(chunk, {}, finish)))
-    if with_usage and (usage := _usage(settings, input_tokens, len(pieces))):
-        events.append(_data(chunk | {"choices": [], "usage": usage}))
+    told = tell(settings, len(events) + 1, input_tokens, len(pieces)) if with_usage else None
+    if told:
+        events.append(_data(chunk | {"choices": [], "usage": _usage(told)}))
     events.append(DONE)
     return _stream(
         settings,
@@ -250,6 +255,7 @@ def _chat(data: JsonObject, settings: Settings) -> Answer:
         input_tokens=input_tokens,
         output_tokens=len(pieces),
         content_start=content_start,
+        told=told,
     )
 
 
@@ -309,16 +315,23 @@ def _completions(data: JsonObject, settings: Settings) -> Answer:
     )
     finish = "length" if content.is_cut else "stop"
     output_tokens = len(content.pieces)
-    usage = _usage(settings, input_tokens, output_tokens)
     if data.get("stream") is not True:
-        reply = _completion_choice(base, content.text, finish) | ({"usage": usage} if usage else {})
+        told = tell(settings, 0, input_tokens, output_tokens)
+        reply = _completion_choice(base, content.text, finish)
         return _plain(
-            settings, reply, model=model, input_tokens=input_tokens, output_tokens=output_tokens
+            settings,
+            reply | ({"usage": _usage(told)} if told else {}),
+            model=model,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            told=told,
         )
     events = list(encode_pieces(content.pieces, template, _PIECE_MARK))
     events.append(_data(_completion_choice(base, "", finish)))
-    if usage and _wants_usage_event(data):
-        events.append(_data(base | {"choices": [], "usage": usage}))
+    wants_usage = _wants_usage_event(data)
+    told = tell(settings, len(events) + 1, input_tokens, output_tokens) if wants_usage else None
+    if told:
+        events.append(_data(base | {"choices": [], "usage": _usage(told)}))
     events.append(DONE)
     return _stream(
         settings,
@@ -327,6 +340,7 @@ def _completions(data: JsonObject, settings: Settings) -> Answer:
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         content_start=0,
+        told=told,
     )
 
 
@@ -359,10 +373,11 @@ def _embeddings(data: JsonObject, settings: Settings) -> Answer:
     # A token input is counted by its tokens, a text by its words.
     input_tokens = sum(len(one) if isinstance(one, list) else count_words(one) for one in inputs)
     reply: JsonObject = {"object": "list", "data": items, "model": model}
-    if settings.usage != "none":
-        told = _tokens(settings, input_tokens)
-        reply["usage"] = {"prompt_tokens": told, "total_tokens": told}
-    return _plain(settings, reply, model=model, input_tokens=input_tokens)
+    told = tell(settings, 0, input_tokens, 0)
+    if told:
+        told = told._replace(output_tokens=0)  # "wrong" would make it seven; the body has none
+        reply["usage"] = {"prompt_tokens": told.input_tokens, "total_tokens": told.input_tokens}
+    return _plain(settings, reply, model=model, input_tokens=input_tokens, told=told)
 
 
 def _vector(seed: bytes, dimensions: int) -> list[float]:
@@ -417,11 +432,17 @@ def _responses(data: JsonObject, settings: Settings) -> Answer:
     }
     message: JsonObject = {"id": item_id, "type": "message", "role": "assistant"}
     part: JsonObject = {"type": "output_text", "text": content.text, "annotations": []}
-    finished = started | _response_end(settings, content, input_tokens)
+    told = tell(settings, 0, input_tokens, output_tokens)
+    finished = started | _response_end(content, told)
     finished["output"] = [message | {"status": finished["status"], "content": [part]}]
     if data.get("stream") is not True:
         return _plain(
-            settings, finished, model=model, input_tokens=input_tokens, output_tokens=output_tokens
+            settings,
+            finished,
+            model=model,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            told=told,
         )
 
     place: JsonObject = {"item_id": item_id, "output_index": 0, "content_index": 0}
@@ -454,34 +475,34 @@ def _responses(data: JsonObject, settings: Settings) -> Answer:
         "param": None,
         "sequence_number": settings.error_event or 0,
     }
+    events = [
+        _named(event | {"sequence_number": number})
+        for number, event in enumerate([*opening, *deltas, *closing])
+    ]
     return _stream(
         settings,
-        [
-            _named(event | {"sequence_number": number})
-            for number, event in enumerate([*opening, *deltas, *closing])
-        ],
+        events,
         model=model,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         content_start=len(opening),
+        told=told._replace(event=len(events)) if told else None,
         error_event=_named(error_event),
     )
 
 
-def _response_end(settings: Settings, content: Content, input_tokens: int) -> JsonObject:
+def _response_end(content: Content, told: Told | None) -> JsonObject:
     """The fields of a response that its end decides."""
     end: JsonObject = {"status": "completed"}
     if content.is_cut:
         end = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
-    if settings.usage != "none":
-        told_input = _tokens(settings, input_tokens)
-        told_output = _tokens(settings, len(content.pieces))
+    if told:
         end["usage"] = {
-            "input_tokens": told_input,
+            "input_tokens": told.input_tokens,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": told_output,
+            "output_tokens": told.output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": told_input + told_output,
+            "total_tokens": told.input_tokens + told.output_tokens,
         }
     return end
 

@@ -78,14 +78,24 @@ class MockProvider:
     """Serves scripted answers until stopped; remembers what it got and gave in `books`.
 
     Settings come with each request (`x-mock-*` headers) or from the script; headers win.
-    `keep_requests` is how many requests the books list; the sums are kept in any case.
+    `keep_requests` is how many requests the books list; the sums are kept in any case. `seed`
+    decides which calls get the rules that have a `share`. `on_done` is told each request once it
+    is over, however it ended, for books of another kind than ours.
     """
 
-    def __init__(self, *, script: Script | None = None, keep_requests: int = 1000) -> None:
+    def __init__(
+        self,
+        *,
+        script: Script | None = None,
+        keep_requests: int = 1000,
+        seed: int = 0,
+        on_done: Callable[[Received], None] | None = None,
+    ) -> None:
         self.books = Books(max_requests=keep_requests)
         self.arriving: list[Received] = []  # requests whose body is still coming
         self.open_requests = 0
-        self._script = ScriptRun(script) if script is not None and script.rules else None
+        self._script = ScriptRun(script, seed) if script is not None and script.rules else None
+        self._on_done = on_done
         self._waiters: list[_Waiter] = []
         self._request_count = 0
         self._is_stopping = False
@@ -163,6 +173,11 @@ class MockProvider:
                 with suppress(FileNotFoundError):
                     unix_path.unlink()
 
+    @property
+    def open_connections(self) -> int:
+        """Connections from clients, idle ones included."""
+        return len(self._server.connections) if self._server is not None else 0
+
     async def wait_for(self, predicate: Callable[[], object], timeout_s: float = 5.0) -> None:
         """Returns once the predicate is true; raises TimeoutError after `timeout_s`.
 
@@ -219,6 +234,8 @@ class MockProvider:
         finally:
             self.open_requests -= 1
             received.finished_at = self._loop.time()
+            if self._on_done is not None:
+                self._on_done(received)
             self._changed()
 
     def _note_gone(self, received: Received) -> None:
@@ -326,7 +343,8 @@ class MockProvider:
         request_id: bytes,
     ) -> web.StreamResponse:
         """Writes the answer and books what was really sent, however it ends."""
-        book = self.books.of(delivery.answer.model)
+        received.model = delivery.answer.model
+        book = self.books.of(received.model)
         book.calls += 1
         try:
             return await self._write_out(request, received, settings, delivery, request_id, book)
@@ -334,6 +352,9 @@ class MockProvider:
             if received.status is not None and received.status < 300:
                 book.input_tokens += delivery.answer.input_tokens
             book.output_tokens += received.output_tokens_sent
+            if received.told is not None:
+                book.told_input_tokens += received.told.input_tokens
+                book.told_output_tokens += received.told.output_tokens
             if not received.is_answered:
                 book.aborted_calls += 1
                 book.aborted_streams += delivery.is_stream
@@ -381,7 +402,10 @@ class MockProvider:
                 data, pending = pending + data, b""
                 received.status = delivery.answer.status
             _write(request, data)
+            if count == 1 and delivery.answer.status < 300 and delivery.good_events:
+                received.answer_began_at = self._loop.time()
             received.output_tokens_sent = delivery.tokens_after(count)
+            received.told = delivery.told_after(count)
             if is_stream:
                 book.events += done - events
                 received.events_sent = done

@@ -6,12 +6,13 @@ whose misspelt setting is ignored passes for the wrong reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
@@ -204,16 +205,17 @@ class Rule:
     model: str = "*"  # shell pattern on the request's model; "" when there is none
     nth: int | None = None  # only the n-th call (from 1) that fits path and model
     times: int | None = None  # answers at most that many calls
+    share: float | None = None  # answers that part of the calls, drawn by chance
     given: Given = ()
 
     def fits(self, path: str, model: str) -> bool:
-        """Whether path and model are this rule's; `nth` and `times` need a count."""
+        """Whether path and model are this rule's; the rest needs a count, or a draw."""
         return fnmatchcase(path, self.path) and fnmatchcase(model, self.model)
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """Rules in order: the first that fits and has `times` left decides."""
+    """Rules in order: the first that fits, is drawn and has `times` left decides."""
 
     rules: tuple[Rule, ...] = ()
 
@@ -228,7 +230,9 @@ class Script:
             return cls()
         if not isinstance(data, list):
             raise ScriptError("a script is a list of rules, each starting with '- '")
-        return cls(tuple(_rule(number, item) for number, item in enumerate(data, 1)))
+        rules = tuple(_rule(number, item) for number, item in enumerate(data, 1))
+        _check_shares(rules)
+        return cls(rules)
 
     @classmethod
     def load(cls, path: Path) -> Script:
@@ -242,16 +246,22 @@ class Script:
 
 
 class ScriptRun:
-    """A script being played: remembers how often each rule has fitted and answered."""
+    """A script being played: remembers how often each rule has fitted and answered.
 
-    def __init__(self, script: Script) -> None:
+    A call is drawn once for all rules with a `share`, each of which has its own piece of the range
+    from 0 to 1: shares of rules that fit the same calls add up. The same seed draws the same.
+    """
+
+    def __init__(self, script: Script, seed: int = 0) -> None:
         self._rules = script.rules
+        self._chance = Random(seed)
         self._fitted = [0] * len(script.rules)
         self._answered = [0] * len(script.rules)
 
     def next(self, path: str, model: str) -> Given:
         """The settings for this call, which counts as made. Empty when no rule applies."""
         chosen: Given | None = None
+        drawn, shares = self._chance.random(), 0.0
         for index, rule in enumerate(self._rules):
             if not rule.fits(path, model):
                 continue
@@ -260,6 +270,10 @@ class ScriptRun:
             self._fitted[index] += 1
             if chosen is not None or rule.nth not in (None, self._fitted[index]):
                 continue
+            if rule.share is not None:
+                low, shares = shares, shares + rule.share
+                if not low <= drawn < shares:
+                    continue
             if rule.times is not None and self._answered[index] >= rule.times:
                 continue
             self._answered[index] += 1
@@ -278,10 +292,14 @@ def _rule(number: int, item: object) -> Rule:
     match = data.pop("match", {})
     if not isinstance(match, dict) or not set(match) <= {"path", "model", "nth"}:
         raise ScriptError(f"{label}: match: a mapping with path, model and nth only")
-    times = data.pop("times", None)
+    times, share = data.pop("times", None), data.pop("share", None)
     for name, count in (("match.nth", match.get("nth")), ("times", times)):
         if count is not None and (type(count) is not int or count < 1):
             raise ScriptError(f"{label}: {name}: {count!r} is not a whole number from 1")
+    if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+        raise ScriptError(f"{label}: share: {share!r} is not a number above 0 and up to 1")
+    if share is not None and "nth" in match:
+        raise ScriptError(f"{label}: share and match.nth: choose one of the two")
     for name in ("path", "model"):
         if not isinstance(match.get(name, "*"), str):
             raise ScriptError(f"{label}: match.{name}: is not text")
@@ -295,8 +313,19 @@ def _rule(number: int, item: object) -> Rule:
         model=match.get("model", "*"),
         nth=match.get("nth"),
         times=times,
+        share=share,
         given=given,
     )
+
+
+def _check_shares(rules: Sequence[Rule]) -> None:
+    """Refuse shares that leave a later rule less than it says."""
+    sums: dict[tuple[str, str], float] = {}
+    for number, rule in enumerate(rules, 1):
+        match = rule.path, rule.model
+        sums[match] = sums.get(match, 0.0) + (rule.share or 0.0)
+        if sums[match] > 1 + 1e-9:
+            raise ScriptError(f"rule {number}: share: rules with this match sum to more than 1")
 
 
 def _as_text(value: object) -> str:

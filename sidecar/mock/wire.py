@@ -16,7 +16,7 @@ from enum import Enum
 from http import HTTPStatus
 from itertools import accumulate
 
-from sidecar.mock.content import REQUEST_ID_MARK, Answer
+from sidecar.mock.content import REQUEST_ID_MARK, Answer, Told
 from sidecar.mock.script import BEFORE_HEAD, Framing, Settings
 
 EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nlink: </mock>; rel=preconnect\r\n\r\n"
@@ -64,8 +64,17 @@ class Delivery:
         if self.is_stream:
             events = self.events_done[writes - 1] if writes else 0
             return self.answer.tokens_after(min(events, self.good_events))
-        is_whole = self.ending is Ending.DONE and writes == len(self.writes)
-        return self.answer.output_tokens if is_whole else 0
+        return self.answer.output_tokens if self._is_whole_after(writes) else 0
+
+    def told_after(self, writes: int) -> Told | None:
+        """The usage the client has been told after that many writes, the last one if several."""
+        if self.is_stream:
+            events = self.events_done[writes - 1] if writes else 0
+            return self.answer.told_after(min(events, self.good_events))
+        return self.answer.told_after(0) if self._is_whole_after(writes) else None
+
+    def _is_whole_after(self, writes: int) -> bool:
+        return self.ending is Ending.DONE and writes == len(self.writes)
 
 
 def deliver(

@@ -13,11 +13,16 @@ import aiohttp
 import orjson
 import pytest
 
-from sidecar.mock import MockProvider, Script
+from sidecar.mock import MockProvider, Received, Script
 
 CHAT = "/v1/chat/completions"
 PLAIN = b'{"model":"m","messages":[{"role":"user","content":"hello there"}]}'
 STREAM = b'{"model":"m","messages":[{"role":"user","content":"hello there"}],"stream":true}'
+WITH_USAGE = STREAM[:-1] + b',"stream_options":{"include_usage":true}}'
+RESPONSES = b'{"model":"m","input":"hello there","stream":true}'
+COMPLETION = b'{"model":"m","prompt":"hello there"}'
+EMBEDDING = b'{"model":"m","input":"hello there"}'
+MESSAGES = STREAM[:-1] + b',"max_tokens":99}'
 ROLE_EVENT, WORDS, ENDING_EVENTS = 1, 13, 2  # of the default answer; the last is [DONE]
 
 
@@ -438,6 +443,88 @@ async def test_books_sum_what_was_sent_per_model(
     assert (m.input_tokens, m.output_tokens, m.events) == (4, 2 * WORDS, 16)
     assert (n.input_tokens, n.output_tokens) == (2, 1)
     assert provider.books.total.calls == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "request_body", "headers", "told"),
+    [
+        (CHAT, PLAIN, (), (2, WORDS)),
+        (CHAT, PLAIN, ("x-mock-usage: wrong",), (27, WORDS * 10 + 7)),
+        (CHAT, PLAIN, ("x-mock-usage: none",), (0, 0)),
+        (CHAT, PLAIN, ("x-mock-die: events:1",), (0, 0)),
+        (CHAT, STREAM, (), (0, 0)),  # it did not ask for usage
+        (CHAT, WITH_USAGE, (), (2, WORDS)),
+        (CHAT, WITH_USAGE, ("x-mock-die: events:16",), (2, WORDS)),  # all but [DONE]
+        (CHAT, WITH_USAGE, ("x-mock-die: events:15",), (0, 0)),
+        ("/v1/responses", RESPONSES, (), (2, WORDS)),
+        ("/v1/responses", RESPONSES, ("x-mock-error-event: 20",), (0, 0)),
+        ("/v1/completions", COMPLETION, (), (2, WORDS)),
+        ("/v1/embeddings", EMBEDDING, (), (2, 0)),
+        ("/v1/messages", MESSAGES, (), (2, WORDS)),
+        ("/v1/messages", MESSAGES, ("x-mock-die: events:5",), (2, 1)),  # what it began with
+        ("/v1/messages", MESSAGES, ("x-mock-status: 529",), (0, 0)),
+        ("/v1/messages", MESSAGES, ("x-mock-error-event: 0",), (0, 0)),
+    ],
+)
+async def test_books_sum_the_usage_that_clients_were_told(
+    wire: Wire,
+    provider: MockProvider,
+    path: str,
+    request_body: bytes,
+    headers: tuple[str, ...],
+    told: tuple[int, int],
+) -> None:
+    wire.post(request_body, *headers, "connection: close", path=path)
+    await wire.rest()
+    await provider.wait_for(lambda: not provider.open_requests)
+    book = provider.books.of("m")
+    assert (book.told_input_tokens, book.told_output_tokens) == told
+
+
+@pytest.mark.parametrize(
+    ("headers", "began"),
+    [
+        ((), True),
+        (("x-mock-die: events:1",), True),
+        (("x-mock-die: head",), False),
+        (("x-mock-status: 500",), False),
+        (("x-mock-error-event: 0",), False),
+        (("x-mock-error-event: 1",), True),
+    ],
+)
+async def test_each_request_is_told_at_its_end_and_whether_a_good_answer_had_begun(
+    headers: tuple[str, ...], began: bool
+) -> None:
+    done: list[Received] = []
+    provider = MockProvider(on_done=done.append, keep_requests=0)
+    host, _, port = (await provider.start()).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    Wire(reader, writer).post(STREAM, *headers, "connection: close")
+    await Wire(reader, writer).rest()
+    await provider.wait_for(lambda: done)
+    writer.close()
+    await provider.stop()
+    (received,) = done
+    assert received.finished_at is not None
+    assert (received.answer_began_at is not None) is began
+    if began:
+        assert received.model == "m"
+        assert received.arrived_at <= (received.answer_began_at or 0.0) <= received.finished_at
+
+
+async def test_script_with_shares_is_drawn_by_the_providers_seed() -> None:
+    async def statuses(seed: int) -> list[int]:
+        script = Script.parse("[{share: 0.5, status: 500}]")
+        provider = MockProvider(script=script, seed=seed)
+        address = await provider.start()
+        async with aiohttp.ClientSession(base_url=f"http://{address}") as session:
+            seen = [(await session.post(CHAT, data=PLAIN)).status for _ in range(24)]
+        await provider.stop()
+        return seen
+
+    first = await statuses(1)
+    assert set(first) == {200, 500}
+    assert first == await statuses(1) != await statuses(2)
 
 
 async def test_books_list_the_request_as_it_came(wire: Wire, provider: MockProvider) -> None:

@@ -1,5 +1,6 @@
 """Settings and scripts: what is accepted, what is refused, and which rule answers."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,47 @@ def test_nth_counts_the_calls_that_fit_also_when_another_rule_answers() -> None:
     assert _statuses(script, *calls) == [401, None, None, 403, None]
 
 
+def _counts(script: str, calls: int, seed: int = 0) -> Counter[int | None]:
+    run = ScriptRun(Script.parse(script), seed)
+    return Counter(merge(run.next("/", "m"), ()).status for _ in range(calls))
+
+
+def test_shares_of_rules_add_up_and_the_rest_is_answered() -> None:
+    counts = _counts("[{share: 0.3, status: 500}, {share: 0.1, status: 529}]", 20_000)
+    assert counts[500] == pytest.approx(6000, rel=0.05)
+    assert counts[529] == pytest.approx(2000, rel=0.1)
+    assert counts[None] == pytest.approx(12_000, rel=0.05)
+
+
+def test_shares_that_make_a_whole_leave_nothing() -> None:
+    counts = _counts("[{share: 0.7, status: 500}, {share: 0.1, status: 503}, {share: 0.2}]", 1000)
+    assert set(counts) == {500, 503, None}
+    assert _counts("[{share: 1, status: 500}]", 1000) == {500: 1000}
+
+
+def test_shares_of_other_models_are_drawn_apart() -> None:
+    script = """
+    - {match: {model: other}, share: 1.0, status: 500}
+    - {match: {model: m}, share: 1.0, status: 503}
+    """
+    assert _counts(script, 100) == {503: 100}
+
+
+def test_same_seed_draws_the_same_and_another_does_not() -> None:
+    script = Script.parse("[{share: 0.5, status: 500}]")
+
+    def drawn(seed: int) -> list[object]:
+        run = ScriptRun(script, seed)
+        return [run.next("/", "m") for _ in range(100)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_share_that_has_no_times_left_goes_to_the_rules_below() -> None:
+    script = "[{share: 1, times: 3, status: 500}, {status: 503}]"
+    assert _counts(script, 10) == {500: 3, 503: 7}
+
+
 def test_two_runs_of_one_script_count_apart() -> None:
     script = Script.parse("[{status: 500, times: 1}]")
     assert [ScriptRun(script).next("/", "") for _ in range(2)] == [(("status", 500),)] * 2
@@ -154,6 +196,13 @@ def _settings_of(script: str) -> Settings:
         ("[{match: {model: 4}}]", "rule 1: match.model"),
         ("[{match: {nth: 0}}]", "rule 1: match.nth"),
         ("[{times: true}]", "rule 1: times"),
+        ("[{share: 0}]", "rule 1: share: 0 is not a number above 0"),
+        ("[{share: 1.1}]", "rule 1: share: 1.1 is not"),
+        ("[{share: true}]", "rule 1: share: True is not"),
+        ("[{share: .nan}]", "rule 1: share: nan is not"),
+        ("[{share: half}]", "rule 1: share: 'half' is not"),
+        ("[{share: 0.5, match: {nth: 1}}]", "rule 1: share and match.nth"),
+        ("[{share: 0.6}, {share: 0.6}]", "rule 2: share: rules with this match sum to more than 1"),
         ("[{hang: head, die: head}]", "rule 1: hang and die"),
         ("[", "not YAML"),
     ],

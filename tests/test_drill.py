@@ -1,0 +1,268 @@
+"""The fault drill in its short form, and that its verdict sees what it is there to see."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drill.callers import CallRecord, Ending, judge
+from drill.evidence import Evidence, Figures, Leftovers
+from drill.plan import KINDS, SHORT, TEAMS, Kind
+from drill.providers import Attempt, Ledger
+from drill.verdict import checks, report
+from sidecar.metrics import Metrics
+from sidecar.mock.content import Told
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.timeout(120)
+async def test_sidecars_keep_their_promises_while_providers_and_store_fail() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "drill", "--short"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    text = output.decode()
+    assert process.returncode == 0, text
+    assert text.splitlines()[-1].startswith("drill passed: "), text
+
+
+# What a caller got
+
+OPENAI_STREAM, OPENAI_PLAIN, ANTHROPIC_STREAM, ANTHROPIC_PLAIN = KINDS[:4]
+JSON = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+OPENAI_ERROR = b'{"error":{"message":"m","type":"t","param":null,"code":"c"}}'
+ANTHROPIC_ERROR = b'{"type":"error","error":{"type":"t","message":"m"}}'
+OPENAI_ANSWER = b'{"choices":[{}],"usage":{"prompt_tokens":1}}'
+
+
+def chunked(*pieces: bytes) -> bytes:
+    return STREAM + b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in pieces)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "is_whole", "ending"),
+    [
+        (OPENAI_PLAIN, JSON % 200 + OPENAI_ANSWER, True, Ending.FULL),
+        (OPENAI_PLAIN, JSON % 200 + b'{"choices":[{}]}', True, Ending.UNCLEAR),
+        (OPENAI_PLAIN, JSON % 200 + OPENAI_ANSWER[:9], False, Ending.BROKEN),
+        (OPENAI_PLAIN, JSON % 500 + OPENAI_ERROR, True, Ending.ERROR),
+        (OPENAI_PLAIN, JSON % 500 + OPENAI_ERROR[:9], False, Ending.UNCLEAR),
+        (OPENAI_PLAIN, JSON % 500 + b"Internal Server Error", True, Ending.UNCLEAR),
+        (OPENAI_PLAIN, b"HTTP/1.1 200", False, Ending.LOST),
+        (OPENAI_PLAIN, b"", False, Ending.LOST),
+        (ANTHROPIC_PLAIN, JSON % 529 + ANTHROPIC_ERROR, True, Ending.ERROR),
+        (ANTHROPIC_PLAIN, JSON % 529 + OPENAI_ERROR, True, Ending.UNCLEAR),
+        (OPENAI_STREAM, chunked(b"data: {}\n\n", b"data: [DONE]\n\n"), True, Ending.FULL),
+        (OPENAI_STREAM, chunked(b"data: {}\n\n", b"data: [DONE]\n\n"), False, Ending.UNCLEAR),
+        (OPENAI_STREAM, chunked(b"data: {}\n\n"), False, Ending.UNCLEAR),
+        (
+            OPENAI_STREAM,
+            chunked(b"data: {}\n\n", b"data: " + OPENAI_ERROR + b"\n\n"),
+            False,
+            Ending.BROKEN,
+        ),
+        (
+            ANTHROPIC_STREAM,
+            chunked(b"event: error\ndata: " + ANTHROPIC_ERROR + b"\n\n"),
+            True,
+            Ending.BROKEN,
+        ),
+        (ANTHROPIC_STREAM, chunked(b"data: " + ANTHROPIC_ERROR + b"\n\n"), True, Ending.UNCLEAR),
+    ],
+)
+def test_answer_is_judged_as_an_sdk_of_its_dialect_would(
+    kind: Kind, data: bytes, is_whole: bool, ending: Ending
+) -> None:
+    call = CallRecord(0, kind, "search", due_at=0.0)
+    judge(call, data, is_whole=is_whole)
+    assert call.ending is ending
+
+
+# The verdict
+
+
+def good_evidence() -> Evidence:
+    """A drill of one call of each kind and team, in which everything went well."""
+    calls: list[CallRecord] = []
+    ledger = Ledger()
+    tokens: Counter[tuple[str, str]] = Counter()
+    metrics = Metrics()
+    settled = metrics.counter("llm_sidecar_budget_tokens", "", ("team", "kind", "source"))
+    counted = metrics.counter("llm_api_tokens", "", ("model", "direction"))
+    for team in TEAMS:
+        for kind in KINDS:
+            call = CallRecord(len(calls), kind, team, due_at=0.0, sent_at=1.0)
+            call.first_byte_at, call.done_at, call.ending = 1.5, 2.0, Ending.FULL
+            calls.append(call)
+            ledger.attempts[call.number] = [
+                attempt(1.0, None),
+                attempt(1.2, Told(1, kind.words, 6)),
+            ]
+            label = f"{kind.model.rpartition('-')[0]}-*"
+            for direction, amount in (("input", kind.words), ("output", 6)):
+                settled.child(team, direction, "reported").inc(amount)
+                counted.child(label, direction).inc(amount)
+                tokens[team, direction] += amount
+    metrics.counter("llm_sidecar_budget_reservations", "", ("team",)).child("all").inc(len(calls))
+    settlements = metrics.counter("llm_sidecar_budget_settlements", "", ("team", "source"))
+    settlements.child("all", "reported").inc(len(calls))
+    changes = metrics.counter("llm_sidecar_circuit_transitions", "", ("upstream", "to"))
+    changes.child("openai-falling", "open").inc()
+    changes.child("openai-falling", "closed").inc()
+    metrics.histogram("llm_sidecar_overhead_seconds", "").child().observe(0.001)
+    for call in calls:
+        call.due_at = call.sent_at - 0.001
+    return Evidence(
+        plan=SHORT,
+        calls=calls,
+        ledger=ledger,
+        figures=Figures(metrics.snapshot()),
+        leftovers=Leftovers(),
+        log=[{"event": "circuit_opened", "level": "warning"}],
+        outage=(3.0, 4.0),
+        wall_s=8.0,
+        cpu_s=[0.5, 0.5],
+        exit_codes=[0, 0],
+        stray_bytes=0,
+    )
+
+
+def attempt(arrived_at: float, told: Told | None) -> Attempt:
+    """One that was answered, with an error if it told no usage."""
+    return Attempt(
+        arrived_at=arrived_at,
+        began_at=None if told is None else arrived_at + 0.1,
+        finished_at=arrived_at + 0.2,
+        is_answered=True,
+        is_left=False,
+        told=told,
+    )
+
+
+def test_drill_without_a_fault_passes() -> None:
+    evidence = good_evidence()
+    found = list(checks(evidence))
+    assert [check for check in found if not check.holds] == []
+    assert report(evidence, found).splitlines()[-1].startswith("drill passed: 24 calls")
+
+
+def _settle_twice(evidence: Evidence) -> None:
+    evidence.ledger.attempts[0].pop()
+
+
+def _serve_more(evidence: Evidence) -> None:
+    evidence.ledger.attempts[0].append(attempt(1.3, Told(1, 1, 1)))
+
+
+def _hold(evidence: Evidence) -> None:
+    evidence.leftovers.slots = 1
+
+
+def _log(evidence: Evidence) -> None:
+    evidence.log.append({"event": "debt_failed", "level": "error"})
+
+
+def _exit(evidence: Evidence) -> None:
+    evidence.exit_codes[1] = 3
+
+
+def _never_close(evidence: Evidence) -> None:
+    metrics = Metrics()
+    changes = metrics.counter("llm_sidecar_circuit_transitions", "", ("upstream", "to"))
+    changes.child("openai-falling", "open").inc()
+    evidence.figures = Figures(metrics.snapshot())
+
+
+def _fail(evidence: Evidence) -> None:
+    evidence.calls[0].ending = Ending.ERROR
+
+
+def _leave_in_doubt(evidence: Evidence) -> None:
+    evidence.calls[0].ending = Ending.UNCLEAR
+
+
+def _hang(evidence: Evidence) -> None:
+    evidence.calls[0].done_at = evidence.calls[0].sent_at + SHORT.deadline_s + 2
+
+
+def _try_late(evidence: Evidence) -> None:
+    evidence.ledger.attempts[0].append(attempt(1.6, None))
+
+
+def _begin_twice(evidence: Evidence) -> None:
+    evidence.ledger.attempts[0][0].began_at = 1.1
+
+
+def _make_up(evidence: Evidence) -> None:
+    del evidence.ledger.attempts[0]
+
+
+def _dawdle(evidence: Evidence) -> None:
+    evidence.calls[0].due_at = evidence.calls[0].sent_at - 1.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "promise"),
+    [
+        (_settle_twice, "settled usage of search"),
+        (_serve_more, "settled usage of search"),
+        (_hold, "nothing is held at rest"),
+        (_log, "no task, debt or settlement failed"),
+        (_exit, "the sidecars stopped with nothing open"),
+        (_never_close, "the breaker of the falling provider"),
+        (_fail, "at least 99.5% of the calls"),
+        (_leave_in_doubt, "every other call got a clear error"),
+        (_hang, "no call hung past its deadline"),
+        (_try_late, "nothing was tried again after its first byte"),
+        (_begin_twice, "nothing was tried again after its first byte"),
+        (_make_up, "every answer is in the provider's books"),
+        (_dawdle, "the callers held their rate"),
+    ],
+)
+def test_verdict_names_the_promise_that_a_fault_breaks(
+    fault: Callable[[Evidence], None], promise: str
+) -> None:
+    evidence = good_evidence()
+    fault(evidence)
+    broken = [check.promise for check in checks(evidence) if not check.holds]
+    assert any(each.startswith(promise) for each in broken), broken
+
+
+def test_calls_that_nobody_could_answer_are_not_asked_for() -> None:
+    evidence = good_evidence()
+    broken = evidence.calls[0]
+    broken.ending = Ending.BROKEN
+    last = evidence.ledger.attempts[0][-1]
+    last.is_answered = False
+    evidence.outage = (0.5, 1.0 + SHORT.deadline_s)
+    for call in evidence.calls:
+        if call.kind.provider == "falling":
+            call.ending = Ending.ERROR
+    (check,) = (each for each in checks(evidence) if each.promise.startswith("at least"))
+    assert check.holds
+    assert check.figures == "11 of 11, 100.000%"
+
+
+def test_broken_stream_that_told_its_usage_is_settled_with_what_it_told() -> None:
+    evidence = good_evidence()
+    number = next(c.number for c in evidence.calls if c.kind is ANTHROPIC_STREAM)
+    evidence.ledger.attempts[number][-1].is_answered = False
+    (check,) = (
+        each for each in checks(evidence) if each.promise.startswith("settled usage of search")
+    )
+    assert check.holds, check.figures
