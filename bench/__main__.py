@@ -37,6 +37,7 @@ FIGURES = {
     "memory": figures.memory,
     "start": figures.start,
     "scale": figures.scale,
+    "limits": figures.limits,
     "streams": figures.streams,
     "signing": signing.signing,
 }

@@ -26,7 +26,7 @@ from bench.load import (
     leave_midstream,
     open_loop,
 )
-from bench.proxies import Lane, Proxy, sidecar_command, sidecar_proxy, team_key
+from bench.proxies import LIMITS, Lane, Proxy, sidecar_command, sidecar_proxy, team_key
 
 JSON_ORDER = b"json %d" % wire.ANSWER_BYTES
 DISTURBED_SHARE = 0.03  # of a round's wall time, spent waiting for the core
@@ -500,7 +500,7 @@ async def scale(lanes: Sequence[Lane], plan: Plan, results: Results) -> None:
         ("1 model, 1 team", 1, 1),
         (f"1 model, {plan.scale_count} teams", 1, plan.scale_count),
     ):
-        command = sidecar_command(is_chain_empty=False, models=models, teams=teams)
+        command = sidecar_command(models=models, teams=teams)
         lane = results.fresh_lane(sidecar_proxy(f"scale-{models}-{teams}", name, command))
         try:
             await lane.start()
@@ -523,6 +523,35 @@ async def scale(lanes: Sequence[Lane], plan: Plan, results: Results) -> None:
     finally:
         for lane in variants:
             await lane.stop()
+
+
+async def limits(lanes: Sequence[Lane], plan: Plan, results: Results) -> None:
+    """CPU per call with and without the filters of resilience and limits, memory store."""
+    if not any(lane.name == "sidecar-default" for lane in lanes):
+        return
+    variants = [results.fresh_lane(proxy) for proxy in LIMITS]
+    requests = wire.RequestMaker(JSON_ORDER, is_stream=False)
+
+    async def once(lane: Lane) -> Round:
+        used = await _counted_loop(lane, requests, 16, plan.calls)
+        each = used / plan.calls
+        return {"limits_call_us": each}, f"{each:.1f} us a call"
+
+    try:
+        for lane in variants:
+            await lane.start()
+            await closed_loop(lane.address, requests, connections=16, calls=plan.calls // 4)
+        await Rounds("limits", results).run(variants, plan.rounds, once)
+    except RunFailed as error:
+        results.note(f"limits: {error}")
+    finally:
+        for lane in variants:
+            await lane.stop()
+    without = results.get(LIMITS[0].name, "limits_call_us")
+    for proxy in LIMITS[1:]:
+        with_them = results.get(proxy.name, "limits_call_us")
+        if without is not None and with_them is not None:
+            results.put(proxy.name, "limits_added_us", with_them - without)
 
 
 # 9. Rate

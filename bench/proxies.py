@@ -276,9 +276,15 @@ def team_key(number: int) -> str:
 
 
 def sidecar_command(
-    *, is_chain_empty: bool, models: int = 1, teams: int = 0
+    *,
+    chains: str | None = None,
+    filters: str | None = None,
+    upstream: str = "",
+    models: int = 1,
+    teams: int = 0,
 ) -> Callable[[Place], list[str]]:
-    """A sidecar with an empty chain or the built-in default one, and as many models and teams."""
+    """A sidecar with the built-in default chain unless `chains` says otherwise, with settings of
+    `filters` and of the `upstream` (YAML, in flow style), and as many models and teams."""
 
     def command(place: Place) -> list[str]:
         lines = [
@@ -286,13 +292,16 @@ def sidecar_command(
             f"admin: 127.0.0.1:{place.admin_port}",
             "upstreams:",
             f'  bench: {{dialect: openai, base_url: "http://127.0.0.1:{place.upstream_port}/v1",'
-            " sign: {scheme: bearer, key: env:BENCH_KEY}, pool: {max_connections: 100000}}",
+            f" sign: {{scheme: bearer, key: env:BENCH_KEY}}, pool: {{max_connections: 100000}}"
+            f"{upstream}}}",
             "models:",
             "  bench-gpt: [bench]",
         ]
         lines += [f"  bench-gpt-{number}: [bench]" for number in range(1, models)]
-        if is_chain_empty:
-            lines += ["chains:", "  default: {call: [], attempt: []}"]
+        if chains is not None:
+            lines.append(f"chains: {{default: {chains}}}")
+        if filters is not None:
+            lines.append(f"filters: {filters}")
         if teams:
             folder = place.folder / "teams"
             folder.mkdir()
@@ -313,16 +322,40 @@ def sidecar_proxy(name: str, title: str, command: Callable[[Place], list[str]]) 
     return Proxy(name, title, prepare_sidecar, command, has_readyz=True)
 
 
+EMPTY = "{call: [], attempt: []}"
+OBSERVERS = "{call: [request_id, metrics, access_log, token_counter], attempt: [sign]}"
+MANY = 1_000_000_000
+ALL_LIMITS = (
+    f"{{rate_limit: {{requests_per_minute: {MANY}, concurrency: 10000}}, "
+    f"token_budget: {{tokens_per_minute: {MANY}}}}}"
+)
+ALL_LIMITS_UPSTREAM = (
+    f", upstream_limits: {{requests_per_minute: {MANY}, tokens_per_minute: {MANY}}}"
+)
+
 PROXIES = (
     Proxy("direct", "direct, no proxy", prepare_python, None),
     Proxy("nginx", "nginx, proxy_pass", prepare_nginx, nginx_command),
     Proxy("envoy", "Envoy, bare router", prepare_envoy, envoy_command),
     Proxy("plain", "plain aiohttp proxy, no filters", prepare_python, plain_command),
-    sidecar_proxy("sidecar-empty", "sidecar, empty chain", sidecar_command(is_chain_empty=True)),
+    sidecar_proxy("sidecar-empty", "sidecar, empty chain", sidecar_command(chains=EMPTY)),
+    sidecar_proxy("sidecar-default", "sidecar, default chain", sidecar_command()),
+)
+
+LIMITS = (
     sidecar_proxy(
-        "sidecar-default", "sidecar, default chain", sidecar_command(is_chain_empty=False)
+        "limits-none",
+        "without the filters of resilience and limits",
+        sidecar_command(chains=OBSERVERS),
+    ),
+    sidecar_proxy("limits-idle", "default chain, no limit set", sidecar_command()),
+    sidecar_proxy(
+        "limits-all",
+        "default chain, limits set in all of them",
+        sidecar_command(filters=ALL_LIMITS, upstream=ALL_LIMITS_UPSTREAM),
     ),
 )
+"""Chains whose difference is what resilience and limits cost."""
 
 
 # Running ones

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.figures import BODY_SIZES, DISTURBED_SHARE, Plan, Results
-from bench.proxies import Proxy
+from bench.proxies import LIMITS, Proxy
 from bench.signing import SETTINGS
 
 
@@ -75,6 +75,13 @@ TARGETS = (
     Target("start to ready", "sidecar-default", "ready_ms", 0.5, "s", factor=1e-3),
     Target("idle RSS", "sidecar-default", "idle_rss_bytes", 60.0, "MB", factor=1e-6),
     Target("client leaves → upstream closed, max", "sidecar-default", "leave_max_ms", 5.0, "ms"),
+    Target(
+        "retry, circuit, limits and queue together, a call",
+        "limits-all",
+        "limits_added_us",
+        25.0,
+        "µs",
+    ),
     Target("signing an attempt, dearest HMAC scheme", "signing", "sign_us", 60.0, "µs"),
     Target("bytes lost on many open streams", "sidecar-default", "streams_lost_bytes", 0.0, "B"),
 )
@@ -109,6 +116,7 @@ def page(
     for title, table in (
         ("## Body size: CPU µs a KB", _body_table(results, rows)),
         ("## Many models, many teams: CPU µs a call", _scale_table(results, plan)),
+        ("## Resilience and limits: CPU µs a call, busy", _limits_table(results)),
         ("## Signing an attempt with a body of 1 KB", _signing_table(results)),
     ):
         if table:
@@ -213,6 +221,16 @@ def _scale_table(results: Results, plan: Plan) -> str:
         if value is not None:
             lines.append([f"{models:,}", f"{teams:,}", f"{value:.1f}"])
     return _table(["models", "teams", "µs a call"], lines) if lines else ""
+
+
+def _limits_table(results: Results) -> str:
+    rows = [
+        [proxy.title, f"{each:.1f}", "–" if added is None else f"{added:.1f}"]
+        for proxy in LIMITS
+        if (each := results.get(proxy.name, "limits_call_us")) is not None
+        for added in [results.get(proxy.name, "limits_added_us")]
+    ]
+    return _table(["chain", "µs a call", "added"], rows) if rows else ""
 
 
 def _signing_table(results: Results) -> str:

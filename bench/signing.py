@@ -18,7 +18,7 @@ from filters.signers import SCHEMES
 from filters.signers.settings import SignSettings
 from sidecar.api import Attempt, Fetched, FilterConfig, Headers, Kit, Reply, Secret
 from sidecar.clock import SystemClock
-from sidecar.filter import KitResources
+from sidecar.filter import KitResources, StoreAddress
 from sidecar.metrics import Metrics
 from sidecar.resources import Resources
 from sidecar.tasks import Tasks
@@ -126,6 +126,9 @@ def _filter(name: str) -> Sign:
         team="bench",
         upstreams={"bench": settings},
         origins={"bench": (_Upstream.scheme, _Upstream.host)},
+        store=StoreAddress(),
+        workers=1,
+        max_connections=100,
         fetch=_no_fetch,
         resources=KitResources(Resources(), 1),
     )
