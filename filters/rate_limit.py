@@ -37,6 +37,9 @@ SLOT_RETRY_S = 1.0
 LONG_WAIT_S = 120.0
 """A longer one is nothing to sleep through: SDKs are told not to, and not all know themselves."""
 MAX_PLANS = 4096
+LONGEST_NAME = 256
+"""Of a model, in characters: for a longer one a plan is made each time. With a pattern among the
+configured models, names are what callers say, and only a body's size bounds them."""
 
 
 class FurtherRule(FilterConfig):
@@ -148,6 +151,8 @@ class RateLimit(CallFilter):
     def _plan_of(self, call: Call) -> Plan:
         model = call.model if self._by_model else None
         names = self._read(call)
+        if model is not None and len(model) > LONGEST_NAME:
+            return self._make_plan(model, names)
         plan = self._plans.get((model, names))
         if plan is None:
             if len(self._plans) >= MAX_PLANS:  # names of models, and keys, are the callers'
@@ -163,13 +168,14 @@ class RateLimit(CallFilter):
             key = f"{each.key}|{key_of(each.per, names)}"
             for limit in each.timed:
                 rated.append((key, limit.rule))
-                words.append(f"{words_of(each.per, names)}: {limit.words}")
+                words.append(f"{words_of(each.per, names)}{each.words}: {limit.words}")
                 labels.append(limit.label)
         for each in fitting:
             if each.concurrency:
                 key = f"{each.key}|{key_of(each.per, names)}|concurrency"
                 slots.append(Slot(key, each.concurrency))
-                words.append(f"{words_of(each.per, names)}: {each.concurrency} calls at once")
+                who = f"{words_of(each.per, names)}{each.words}"
+                words.append(f"{who}: {each.concurrency} calls at once")
                 labels.append(f"{each.label}concurrency")
         meter = self._limits.meter(rated, slots)
         return Plan(meter, (1,) * len(rated), bool(slots), rated, words, labels)
@@ -219,6 +225,8 @@ class Compiled(NamedTuple):
     label: str
     models: ByModel[bool] | None
     """None: all."""
+    words: str
+    """The models for people: ` for gpt-4o, o1*`; nothing for all, or when each is named."""
     per: Sequence[Per]
     timed: tuple[Timed, ...]
     concurrency: int
@@ -253,6 +261,7 @@ def _compiled(
         key="rate_limit" if is_for_all else f"rate_limit|models={','.join(sorted(models))}",
         label=label,
         models=None if is_for_all else ByModel(dict.fromkeys(models, True)),
+        words="" if is_for_all or "model" in settings.per else f" for {', '.join(models)}",
         per=settings.per,
         timed=tuple(timed),
         concurrency=settings.concurrency or 0,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import NonNegativeInt, PositiveInt
 
 from filters.algo.counted import NameReader, Names, Per, key_of, words_of
-from filters.algo.estimate import NO_TOKENS, estimate_input, estimate_output
+from filters.algo.estimate import bounds_output, estimate_input, estimate_output, takes_tokens
 from filters.algo.served import may_have_served
 from filters.stores.limits import Grant, MemoryMeter, Meter, Refusal, Rule, WhenDown, open_limits
 from sidecar.api import (
@@ -109,9 +109,7 @@ class TokenBudget(CallFilter):
         self._refunds: Counter = settled.child(kit.team, "refunded")
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        if not self._budgets or call.endpoint.name in NO_TOKENS:
-            return call_next(call)
-        if not call.body and call.upload is None:  # asks for nothing to be worked on
+        if not self._budgets or not takes_tokens(call):
             return call_next(call)
         plan = self._plan or self._plan_of(call)
         tokens_in = estimate_input(call)
@@ -128,7 +126,7 @@ class TokenBudget(CallFilter):
             return self._ask(plan, amounts, tokens_in, tokens_out, call, call_next)
         taken = meter.take_now(amounts)
         if isinstance(taken, Refusal):
-            raise self._refused(call, plan, amounts, taken)
+            raise self._refused(call, plan, taken, tokens_in, tokens_out)
         self._reservations.value += 1
         call.on_end(partial(self._settle, call, taken, tokens_in, tokens_out))
         return call_next(call)
@@ -145,7 +143,7 @@ class TokenBudget(CallFilter):
         """The same where the counts are elsewhere."""
         taken = await plan.meter.take(amounts)
         if isinstance(taken, Refusal):
-            raise self._refused(call, plan, amounts, taken)
+            raise self._refused(call, plan, taken, tokens_in, tokens_out)
         self._reservations.value += 1
         call.on_end(partial(self._settle, call, taken, tokens_in, tokens_out))
         return await call_next(call)
@@ -214,19 +212,31 @@ class TokenBudget(CallFilter):
         headers = {"x-should-retry": "false"}
         return Rejected(429, "token_budget_too_small", message, headers=headers)
 
-    def _refused(self, call: Call, plan: Plan, amounts: list[int], refusal: Refusal) -> Rejected:
+    def _refused(
+        self, call: Call, plan: Plan, refusal: Refusal, tokens_in: int, tokens_out: int
+    ) -> Rejected:
         index, wait_s, remaining = refusal.index, refusal.wait_s, refusal.remaining
-        budget, amount = self._budgets[index], amounts[index]
+        budget = self._budgets[index]
         self._limited.child(self.kit.team, budget.name).inc()
         headers = call.dialect.limit_headers(
             *("tokens", budget.limit, remaining, wait_s, self.kit.clock.wall())
         )
         if wait_s > LONG_WAIT_S:
             headers["x-should-retry"] = "false"
+        of_input, of_answer = budget.has_input * tokens_in, budget.has_output * tokens_out
+        parts = []
+        if of_input:
+            parts.append(f"{of_input} of input")
+        if of_answer:
+            parts.append(f"{of_answer} reserved for the answer")
         message = (
             f"the budget of {plan.words}: {budget.words} has {remaining} left, and this call may "
-            f"take {amount}: try again in {max(1, ceil(wait_s))} s"
+            f"take {of_input + of_answer} ({', '.join(parts)}): try again in "
+            f"{max(1, ceil(wait_s))} s"
         )
+        if of_answer and not bounds_output(call):
+            name = "max_output_tokens" if call.endpoint.name == "responses" else "max_tokens"
+            message += f", or name {name} to reserve less"
         return Rejected(
             429, "token_budget_exceeded", message, retry_after_s=wait_s, headers=headers
         )

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from filters.algo.allowance import FRESH_S, Allowance, read
-from filters.algo.estimate import estimate_input, estimate_output
+from filters.algo.estimate import estimate_input, estimate_output, takes_tokens
 from filters.algo.http_time import retry_after_s, unix_time
 from filters.algo.served import may_have_served, was_sent
 from filters.stores.learned import MAX_ALLOWANCES, Learned
@@ -280,7 +280,7 @@ class Passage:
 
     def _go(self, allowance: Allowance) -> float:
         """Go out by what was learned, or say how long to wait."""
-        if allowance.knows_tokens:
+        if allowance.knows_tokens and takes_tokens(self.call):
             self._tokens = (estimate_input(self.call), estimate_output(self.call, 0))
         wait_s, kind = allowance.wait_s(self.place.clock.monotonic(), *self._tokens)
         if wait_s:
@@ -294,7 +294,9 @@ class Passage:
         place = self.place
         amounts = place.ones
         if (limit := place.tokens_limit) is not None:
-            amount = estimate_input(self.call) + estimate_output(self.call, OUTPUT_RESERVE)
+            amount = 0
+            if takes_tokens(self.call):
+                amount = estimate_input(self.call) + estimate_output(self.call, OUTPUT_RESERVE)
             amounts = (*amounts, min(amount, limit))
         meter = place.meter or place.meter_of(self._model, key)
         if isinstance(meter, MemoryMeter):

@@ -26,24 +26,25 @@ def main() -> None:
 
 EVENT_STREAM_FRAME = "aws-eventstream-frame"
 _CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FILE = click.Path(path_type=Path)
 
 
 @main.command()
-@click.option("--config", "path", type=_CONFIG, default="config.yaml", show_default=True)
+@click.argument("file", type=_FILE, required=False)
+@click.option("--config", "option", type=_FILE, help="The same as FILE.  [default: config.yaml]")
 @click.option("--listen", help="Data port instead of the file's: host:port or unix:/path.")
 @click.option("--admin", help="Admin port instead of the file's; `none`: no admin port.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Processes that share the data port.")
-@click.option("--worker", type=int, hidden=True)
-@click.option("--worker-admin", hidden=True)
+@click.option("--share", type=(int, int, str, str), hidden=True)
 def run(
-    path: Path,
+    file: Path | None,
+    option: Path | None,
     listen: str | None,
     admin: str | None,
     workers: int | None,
-    worker: int | None,
-    worker_admin: str | None,
+    share: tuple[int, int, str, str] | None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; a second one stops at once.
+    """Serve FILE until SIGTERM or SIGINT; a second one stops at once.
 
     \b
     Exit codes
@@ -53,6 +54,7 @@ def run(
       3    stopped, calls were aborted after drain_s
       130  stopped at once by a second signal
     """
+    path = _one_file(file, option)
     overrides: dict[str, Any] = {}
     if listen is not None:
         overrides["listen"] = listen
@@ -60,24 +62,26 @@ def run(
         overrides["admin"] = None if admin == "none" else admin
     if workers is not None:
         overrides["workers"] = workers
-    if worker is not None:
-        overrides["admin"] = worker_admin
     bound = _load_or_exit(path, overrides)
 
     from sidecar import log
     from sidecar.process import serve, supervise
+    from sidecar.server import Share
 
     log.set_up(bound.config.log.level)
-    if bound.config.workers > 1 and worker is None:
-        code = _run(supervise(path, bound))
+    if share is not None:
+        code = _run(serve(path, bound, overrides, Share(*share)))
+    elif bound.config.workers > 1:
+        code = _run(supervise(path, bound, overrides))
     else:
-        code = _run(serve(path, bound, overrides, worker))
+        code = _run(serve(path, bound, overrides))
     sys.exit(code)
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path), default="config.yaml")
-def check(path: Path) -> None:
+@click.argument("file", type=_FILE, required=False)
+@click.option("--config", "option", type=_FILE, help="The same as FILE.  [default: config.yaml]")
+def check(file: Path | None, option: Path | None) -> None:
     """Check a configuration, its team files and secrets, without serving.
 
     \b
@@ -88,6 +92,7 @@ def check(path: Path) -> None:
     """
     from sidecar.errors import ConfigError
 
+    path = _one_file(file, option)
     try:
         path.open("rb").close()
     except OSError as error:
@@ -276,6 +281,13 @@ def _decode_frame(vector: dict[str, Any]) -> dict[str, Any]:
         "payload_text": message.payload.decode(errors="replace"),
         "total_length": message.total_length,
     }
+
+
+def _one_file(file: Path | None, option: Path | None) -> Path:
+    """The configuration file, which may be named in either way."""
+    if file is not None and option is not None:
+        raise click.UsageError("FILE and --config name the same thing: give one of them")
+    return file or option or Path("config.yaml")
 
 
 def _load(path: Path, overrides: dict[str, Any]) -> Bound:

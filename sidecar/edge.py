@@ -32,6 +32,7 @@ from sidecar.call import (
     Target,
     completed,
     end_of,
+    key_of,
     may_name_two_models,
     refuse_second_model,
 )
@@ -363,7 +364,10 @@ class Edge:
         policy = serving.callers.identify(headers)
         if policy is None:
             policy = serving.callers.unknown
-            refusal = Rejected(401, "invalid_api_key", "this API key is not known here")
+            text = "this API key is not known here"
+            if not key_of(headers):
+                text = "no API key was sent: send `Authorization: Bearer KEY` or `x-api-key: KEY`"
+            refusal = Rejected(401, "invalid_api_key", text)
         if path[:1] != "/":
             path = _path_of_absolute(path)
         upstream = None

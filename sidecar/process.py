@@ -33,6 +33,7 @@ from sidecar.server import (
     EXIT_STOPPED,
     NotStarted,
     Server,
+    Share,
 )
 from sidecar.team import is_pattern
 
@@ -46,12 +47,14 @@ WORKER_START_S = 30.0
 WORKER_ANSWER_S = 5.0
 
 
-async def serve(path: Path, bound: Bound, overrides: Mapping[str, Any], worker: int | None) -> int:
+async def serve(
+    path: Path, bound: Bound, overrides: Mapping[str, Any], share: Share | None = None
+) -> int:
     """Serve in this process until told to stop; the exit code."""
-    if not worker:  # one process tells it
+    if share is None or share.number == 0:  # one process tells it
         for warning in bound.warnings:
             log.warning("config_warning", extra={"problem": warning})
-    server = Server(bound, share_port=worker is not None)
+    server = Server(bound, share)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.ask_to_stop)
@@ -62,7 +65,7 @@ async def serve(path: Path, bound: Bound, overrides: Mapping[str, Any], worker: 
         return EXIT_NOT_STARTED
     reloader = Reloader(path, server, overrides)
     reloader.start()
-    if worker is None:
+    if share is None:
         click.echo(banner(bound.config, server.address, server.admin_address))
     else:
         _stop_with_parent(server)
@@ -159,9 +162,12 @@ class Worker:
 class Supervisor:
     """Starts the workers, restarts those that die, adds up their figures, passes signals on."""
 
-    def __init__(self, path: Path, bound: Bound) -> None:
+    def __init__(
+        self, path: Path, bound: Bound, overrides: Mapping[str, Any] | None = None
+    ) -> None:
         self.bound = bound
         self._path = path
+        self._overrides = dict(overrides or {})
         self._directory = tempfile.mkdtemp(prefix="sidecar-workers-")
         self._workers = [
             Worker(number, str(Path(self._directory) / f"{number}.sock"))
@@ -237,10 +243,18 @@ class Supervisor:
                 pass
 
     async def _launch(self, worker: Worker) -> asyncio.subprocess.Process:
+        # The options are ours as they were given; what is not the user's word stands in `share`,
+        # so a worker shows the configuration as it is, and tells what of it needs a restart.
+        options = [
+            text
+            for name, value in self._overrides.items()
+            for text in (f"--{name}", "none" if value is None else str(value))
+        ]
+        socket_address = f"unix:{worker.socket_path}"
+        share = Share(worker.number, len(self._workers), self._address, socket_address)
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sidecar", "run", "--config", str(self._path)),
-            *("--worker", str(worker.number), "--worker-admin", f"unix:{worker.socket_path}"),
-            *("--listen", self._address, "--workers", str(len(self._workers))),
+            *(sys.executable, "-m", "sidecar", "run", "--config", str(self._path), *options),
+            *("--share", *map(str, share)),
             stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
             start_new_session=True,  # a terminal's SIGINT comes to us; we pass it on, once
         )
@@ -312,9 +326,9 @@ class Supervisor:
         return done
 
 
-async def supervise(path: Path, bound: Bound) -> int:
+async def supervise(path: Path, bound: Bound, overrides: Mapping[str, Any]) -> int:
     """Run several workers on one port; the exit code."""
-    return await Supervisor(path, bound).run()
+    return await Supervisor(path, bound, overrides).run()
 
 
 def reserve_port(address: str) -> socket.socket:

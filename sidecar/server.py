@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import http_parser
 
@@ -71,16 +71,31 @@ async def _shown(name: str, panel: Panel) -> Any:
         return {"error": "could not be shown: the log says why"}
 
 
-class Server:
-    """Serves one configuration file until told to stop."""
+class Share(NamedTuple):
+    """What one of several workers is told, instead of by the configuration."""
 
-    def __init__(self, bound: Bound, *, share_port: bool = False) -> None:
+    number: int
+    """From 0."""
+    workers: int
+    listen: str
+    """The port that all share."""
+    admin: str
+    """Its own socket; the configured port is their parent's."""
+
+
+class Server:
+    """Serves one configuration file until told to stop; `share`: as one of several workers."""
+
+    def __init__(self, bound: Bound, share: Share | None = None) -> None:
         self.config = bound.config
         self.metrics = Metrics()
         self.snapshot: Snapshot
         self.state = "starting"
         self._bound = bound
-        self._share_port = share_port
+        self._share_port = share is not None
+        self._listen_at = share.listen if share is not None else bound.config.listen
+        self._admin_at = share.admin if share is not None else bound.config.admin
+        self._workers = share.workers if share is not None else bound.config.workers
         self._generation = 0
         self._listener: asyncio.Server | None = None
         self._server: EdgeServer | None = None
@@ -120,22 +135,22 @@ class Server:
             tasks=self._tasks,
             clock=SystemClock(),
             access_log=self._lines.write if self._lines is not None else _nowhere,
-            workers=self.config.workers,
+            workers=self._workers,
         )
         self.snapshot = await self._new_snapshot(self._bound)
         self._edge = Edge(self.snapshot)
         self._server = EdgeServer(self._edge, self.config.http)
-        with _listening_on(self.config.listen):
-            self._listener = await self._listen(self.config.listen, self._server)
-        if self.config.admin is not None:
+        with _listening_on(self._listen_at):
+            self._listener = await self._listen(self._listen_at, self._server)
+        if self._admin_at is not None:
             self._admin = Admin(
                 state=self._get_state,
                 metrics=self._get_metrics,
                 config=self.effective_config,
                 panels=ProcessPanels(self._resources),
             )
-            with _listening_on(self.config.admin):
-                await self._admin.start(self.config.admin)
+            with _listening_on(self._admin_at):
+                await self._admin.start(self._admin_at)
         self.state = "ready"
         # Everything made so far lives as long as the process: collections need not look at it.
         asyncio.get_running_loop().call_later(0.2, _freeze)
@@ -162,7 +177,7 @@ class Server:
     def address(self) -> str:
         """Where it really listens, with the port the system chose for port 0."""
         if self._unix_path is not None or self._listener is None:
-            return self.config.listen
+            return self._listen_at
         return shown_address(self._listener.sockets[0].getsockname())
 
     @property

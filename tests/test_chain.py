@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sidecar.api import (
@@ -148,33 +150,40 @@ async def test_base_filter_handles_nothing() -> None:
             await base(None, None).handle(None, None)  # type: ignore[arg-type]
 
 
-ORDERS: list[tuple[list[type[Filter]], list[type[Filter]], list[str]]] = [
+ORDERS: list[tuple[list[type[Filter]], list[type[Filter]], list[tuple[str, int, str]]]] = [
     ([], [], []),
     ([Plain, GivesUsage, NeedsUsage], [AttemptNeedsUsage, Last], []),
     (
         [NeedsUsage, GivesUsage],
         [],
-        ["NeedsUsage needs usage: put a filter that gives it before it"],
+        [("call", 0, "needs usage: put a filter that gives it before it")],
     ),
     (
-        [NeedsBoth],
+        [Plain, NeedsBoth],
         [],
-        ["NeedsBoth needs cost, usage: put a filter that gives it before it"],
+        [
+            ("call", 1, "needs cost: put a filter that gives it before it"),
+            ("call", 1, "needs usage: put a filter that gives it before it"),
+        ],
     ),
     (
         [Plain],
         [AttemptNeedsUsage],
-        ["AttemptNeedsUsage needs usage: put a filter that gives it before it"],
+        [("attempt", 0, "needs usage: put a filter that gives it before it")],
     ),
     ([], [AttemptGivesCost, AttemptNeedsCost], []),
     (
         [],
         [AttemptNeedsCost, AttemptGivesCost],
-        ["AttemptNeedsCost needs cost: put a filter that gives it before it"],
+        [("attempt", 0, "needs cost: put a filter that gives it before it")],
     ),
-    ([PlainAttempt], [], ["PlainAttempt is an attempt filter: move it to the list `attempt`"]),
-    ([], [Plain], ["Plain is a call filter: move it to the list `call`"]),
-    ([], [Last, PlainAttempt], ["Last must be the last of the list `attempt`"]),
+    ([PlainAttempt], [], [("call", 0, "is an attempt filter: move it to the list `attempt`")]),
+    ([], [Plain], [("attempt", 0, "is a call filter: move it to the list `call`")]),
+    (
+        [],
+        [Last, PlainAttempt],
+        [("attempt", 0, "must be the last of the list `attempt`: move it there")],
+    ),
     # Reads: by the end of the call, wherever the giver stands.
     ([ReadsUsage, GivesUsage], [], []),
     ([GivesUsage, ReadsUsage], [], []),
@@ -183,24 +192,29 @@ ORDERS: list[tuple[list[type[Filter]], list[type[Filter]], list[str]]] = [
     (
         [ReadsUsage],
         [AttemptGivesCost],
-        ["ReadsUsage reads usage: put a filter that gives it into the chain"],
+        [("call", 0, "reads usage: put a filter that gives it into the chain")],
     ),
     (
         [NeedsUsage],
         [AttemptReadsBoth],
         [
-            "NeedsUsage needs usage: put a filter that gives it before it",
-            "AttemptReadsBoth reads cost, usage: put a filter that gives it into the chain",
+            ("call", 0, "needs usage: put a filter that gives it before it"),
+            ("attempt", 0, "reads cost: put a filter that gives it into the chain"),
+            ("attempt", 0, "reads usage: put a filter that gives it into the chain"),
         ],
     ),
-    ([CallLast, Plain], [Last], ["CallLast must be the last of the list `call`"]),
+    (
+        [CallLast, Plain],
+        [Last],
+        [("call", 0, "must be the last of the list `call`: move it there")],
+    ),
     (
         [NeedsUsage, PlainAttempt],
         [Last, PlainAttempt],
         [
-            "NeedsUsage needs usage: put a filter that gives it before it",
-            "PlainAttempt is an attempt filter: move it to the list `attempt`",
-            "Last must be the last of the list `attempt`",
+            ("call", 0, "needs usage: put a filter that gives it before it"),
+            ("call", 1, "is an attempt filter: move it to the list `attempt`"),
+            ("attempt", 0, "must be the last of the list `attempt`: move it there"),
         ],
     ),
 ]
@@ -208,9 +222,21 @@ ORDERS: list[tuple[list[type[Filter]], list[type[Filter]], list[str]]] = [
 
 @pytest.mark.parametrize(("call", "attempt", "mistakes"), ORDERS)
 def test_order_is_checked_and_every_mistake_named(
-    call: list[type[Filter]], attempt: list[type[Filter]], mistakes: list[str]
+    call: list[type[Filter]],
+    attempt: list[type[Filter]],
+    mistakes: list[tuple[str, int, str]],
 ) -> None:
     assert check_order(call, attempt) == mistakes
+
+
+def test_a_filter_that_gives_what_is_missing_is_named() -> None:
+    def giver_of(key: Key[Any]) -> tuple[str, str] | None:
+        return {USAGE: ("counter", "call"), COST: ("cost", "attempt")}.get(key)
+
+    assert check_order([ReadsUsage], [AttemptNeedsCost], giver_of) == [
+        ("call", 0, "reads usage: add counter, which gives it, to the list `call`"),
+        ("attempt", 0, "needs cost: put cost before it"),
+    ]
 
 
 async def test_chain_adds_no_coroutine_of_its_own() -> None:

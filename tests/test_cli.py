@@ -69,6 +69,27 @@ def test_check_prints_warnings_and_still_exits_0(tmp_path: Path) -> None:
     assert re.match(r"warning: \S+config.yaml:6:\d+: models.gpt: ", result.stderr)
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_file_may_be_named_either_way_but_not_both(wrong: Path, command: str) -> None:
+    alone, option = invoke(command, wrong), invoke(command, "--config", wrong)
+    assert (alone.exit_code, alone.stderr) == (option.exit_code, option.stderr)
+    assert f"{wrong}:1:9: listen: write " in alone.stderr
+    both = invoke(command, wrong, "--config", wrong)
+    assert both.exit_code == 2
+    assert "FILE and --config name the same thing" in both.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_without_a_word_the_file_is_config_yaml(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("config.yaml: ")
+    assert result.stderr.endswith("No such file or directory\n")
+
+
 # run
 
 

@@ -151,7 +151,7 @@ def test_chain_in_a_wrong_order_does_not_load(folder: Path, configure: Configure
         "from sidecar.api import USAGE, CallFilter\n\n\n"
         "class Stamp(CallFilter):\n    needs = frozenset({USAGE})\n"
     )
-    with pytest.raises(ConfigError, match="Stamp needs usage: put a filter that gives it before"):
+    with pytest.raises(ConfigError, match="needs usage: put token_counter before it"):
         configure("'stamping:Stamp', token_counter")
     assert configure("token_counter, 'stamping:Stamp'")
 
@@ -194,8 +194,10 @@ def test_chain_without_a_giver_of_what_a_filter_reads_does_not_load(
     with pytest.raises(ConfigError) as raised:
         configure("request_id, 'stamping:Stamp'")
     (problem,) = raised.value.problems
-    assert problem.message == "Stamp reads usage: put a filter that gives it into the chain"
-    assert (problem.path, problem.line) == ("chains.default", 2)
+    assert problem.message == (
+        "stamping:Stamp reads usage: add token_counter, which gives it, to the list `call`"
+    )
+    assert (problem.path, problem.line) == ("chains.default.call[1]", 2)
     assert configure("'stamping:Stamp', token_counter")
     assert configure("token_counter, 'stamping:Stamp'")
 

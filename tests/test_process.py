@@ -161,6 +161,50 @@ async def test_two_workers_share_a_port_add_up_their_figures_and_replace_one_tha
         assert has_ended(second)
 
 
+async def test_workers_show_the_file_as_it_is_and_tell_what_needs_a_restart(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    config = write_config(tmp_path, "workers: 2\nlog: {access: 'off'}\n")
+    async with serving(config) as sidecar:
+        before = sidecar.address
+
+        async def shown() -> tuple[Any, ...]:
+            async with session.get(f"{sidecar.admin_url}/config") as answer:
+                told = (await answer.json())["config"]
+            return told["listen"], told["admin"], told["workers"]
+
+        assert await shown() == ("127.0.0.1:0", "127.0.0.1:0", 2)
+        text = config.read_text()
+        text = text.replace("listen: 127.0.0.1:0", "listen: 127.0.0.1:1")
+        text = text.replace("admin: 127.0.0.1:0", "admin: null").replace("workers: 2", "workers: 3")
+        config.write_text(text)
+        sidecar.tell(signal.SIGHUP)
+        for count in (1, 2):
+            reloaded = await sidecar.event("reloaded", count)
+            assert reloaded["needs_restart"] == ["listen", "admin", "workers"]
+        assert await shown() == ("127.0.0.1:1", None, 3)
+        await call(session, sidecar, 4)  # still where it was
+        assert sidecar.address == before
+        assert await sidecar.end() == 0
+
+
+async def test_options_hold_for_workers_and_through_their_reloads(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    config = write_config(tmp_path, "workers: 3\nlog: {access: 'off'}\n")
+    options = ("--listen", "localhost:0", "--workers", "2")
+    async with serving(config, *options) as sidecar:
+        text = config.read_text().replace("workers: 3", "workers: 4\ndrain_s: 3.5")
+        config.write_text(text.replace("listen: 127.0.0.1:0", "listen: 127.0.0.1:1"))
+        sidecar.tell(signal.SIGHUP)
+        for count in (1, 2):
+            assert "needs_restart" not in await sidecar.event("reloaded", count)
+        async with session.get(f"{sidecar.admin_url}/config") as answer:
+            told = (await answer.json())["config"]
+        assert [told[name] for name in ("listen", "workers", "drain_s")] == ["localhost:0", 2, 3.5]
+        assert await sidecar.end() == 0
+
+
 async def test_calls_over_many_connections_reach_both_workers(
     tmp_path: Path, session: aiohttp.ClientSession
 ) -> None:

@@ -8,6 +8,8 @@ same. So this counts characters and leaves exactness to the settlement.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from sidecar.api import Call, Key, Rejected
 
@@ -23,6 +25,8 @@ NO_TOKENS = frozenset({"models", "count_tokens"})
 NO_OUTPUT = NO_TOKENS | {"embeddings"}
 """Endpoints whose answers are no tokens."""
 OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+MOST_OUTPUT = 10_000_000
+"""No answer has more, whatever its caller allows: sums stay figures that mean something."""
 
 _ESTIMATE: Key[int] = Key("input_estimate")
 
@@ -33,7 +37,15 @@ _MEDIUM_BYTES = 128
 """A shorter text is no medium."""
 _IN_URL = b";base64,"
 _IN_FIELD = b'"data":'
-_VALUE = re.compile(rb'"data":\s*"([A-Za-z0-9+/=_-]{64})').match
+_BASE64 = rb"[A-Za-z0-9+/=_\\-]{64}"  # some clients write `\/`
+_VALUE = re.compile(rb'"data":\s*"(' + _BASE64 + rb")").match
+_IS_BASE64 = re.compile(_BASE64).match
+
+
+def takes_tokens(call: Call) -> bool:
+    """Whether it asks for anything to be worked on: not when models are listed, tokens counted, or
+    files looked after, which has no body."""
+    return call.endpoint.name not in NO_TOKENS and bool(call.body or call.upload is not None)
 
 
 def estimate_input(call: Call) -> int:
@@ -59,7 +71,7 @@ def estimate_output(call: Call, reserve: int) -> int:
 
     Source of the fields: the API references of OpenAI and Anthropic.
     """
-    endpoint, most = call.endpoint, reserve
+    endpoint = call.endpoint
     if endpoint.name in NO_OUTPUT:
         return 0
     if not endpoint.has_model:  # whatever it is
@@ -68,13 +80,26 @@ def estimate_output(call: Call, reserve: int) -> int:
         fields = call.json  # there since the model was looked for
     except Rejected:  # no JSON object
         return reserve
-    for name in OUTPUT_FIELDS:
-        if name in fields and type(fields[name]) is int and fields[name] > 0:
-            most = fields[name]
-            break
+    most = _bound(fields) or reserve
     if "n" in fields and type(fields["n"]) is int and fields["n"] > 1:
         most *= fields["n"]
-    return most
+    return min(most, MOST_OUTPUT)
+
+
+def bounds_output(call: Call) -> bool:
+    """Whether the caller says how long the answer may be, or has no way to."""
+    try:
+        return not call.endpoint.has_model or _bound(call.json) > 0
+    except Rejected:  # no JSON object
+        return True
+
+
+def _bound(fields: Mapping[str, Any]) -> int:
+    """The tokens that a caller allows; 0: it does not say."""
+    for name in OUTPUT_FIELDS:
+        if name in fields and type(fields[name]) is int and fields[name] > 0:
+            return int(fields[name])
+    return 0
 
 
 def tokens_of(body: bytes) -> int:
@@ -110,7 +135,7 @@ def _media(body: bytes) -> tuple[int, int]:
         end = body.find(b'"', start)
         if end < 0:
             break
-        if end - start >= _MEDIUM_BYTES:
+        if end - start >= _MEDIUM_BYTES and _IS_BASE64(body, start):
             pieces += 1
             total += end - start
         at = body.find(_IN_URL, end)

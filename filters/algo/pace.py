@@ -11,7 +11,12 @@ from __future__ import annotations
 
 class Pace:
     """How far the charges are ahead of an even pace. Nothing is given back: a pace is about when
-    calls were let through, not what they turned out to cost."""
+    calls were let through, not what they turned out to cost.
+
+    One period after the last charge nothing is left of it, as of a window: also when it was
+    charged by a higher limit than the one that asks, another team's or that of before a reload.
+    So a burst above the limit bounds nothing; the window beside it does.
+    """
 
     __slots__ = ("_at_us", "_level", "_period_us")
 
@@ -39,7 +44,8 @@ class Pace:
         return max(0, burst - -(-self._level_at(now_us, limit) // self._period_us))
 
     def _level_at(self, now_us: int, limit: int) -> int:
-        return max(0, self._level - max(0, now_us - self._at_us) * limit)
+        level = min(self._level, self._period_us * limit)
+        return max(0, level - max(0, now_us - self._at_us) * limit)
 
     def __repr__(self) -> str:
         return f"<Pace ahead={self._level / self._period_us:.3f}>"

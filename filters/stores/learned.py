@@ -28,8 +28,10 @@ class Learned:
 
     async def show(self) -> Any:
         now = self._clock.monotonic()
-        return {
-            upstream: [
+        shown: dict[str, list[dict[str, Any]]] = {}
+        for (upstream, _), allowances in self._upstreams.items():
+            # Of each of its origins: after a reload there may be two, and either may be the old one.
+            shown.setdefault(upstream, []).extend(
                 {
                     "model": model,
                     "key": key[:8],  # enough to tell keys apart
@@ -40,9 +42,8 @@ class Learned:
                     },
                 }
                 for (model, key), each in allowances.items()
-            ]
-            for (upstream, _), allowances in self._upstreams.items()
-        }
+            )
+        return shown
 
     async def act(self, command: Mapping[str, Any]) -> Any:
         """`{"forget": "openai"}`: what is known of that upstream no longer holds attempts back."""

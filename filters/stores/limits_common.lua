@@ -67,17 +67,15 @@ local function open_window(key, period, now)
 end
 
 local function level_at(window, now, limit)
-  return math.max(0, window.level - math.max(0, now - window.at) * limit)
+  local level = math.min(window.level, window.period * limit)
+  return math.max(0, level - math.max(0, now - window.at) * limit)
 end
 
-local function save_window(window, limit)
+local function save_window(window)
   redis.call('HSET', window.key, 'head', whole(window.head), 'tail', whole(window.tail),
     'used', whole(window.used), 'level', whole(window.level), 'at', whole(window.at))
-  local life = window.period * 2
-  if window.level > 0 and limit > 0 then
-    life = math.max(life, window.level / limit)
-  end
-  redis.call('PEXPIRE', window.key, whole(math.ceil(life / 1000) + 1000))
+  -- Windows and paces are empty one period after their last charge.
+  redis.call('PEXPIRE', window.key, whole(math.ceil(window.period / 500) + 1000))
 end
 
 -- How long until `amount` fits; 0: now; -1: never. `burst` -1: there is none.

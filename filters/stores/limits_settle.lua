@@ -20,6 +20,6 @@ elseif number >= window.head and number <= window.tail then
   end
 end
 if window.has_changed then
-  save_window(window, limit)
+  save_window(window)
 end
 return 0

@@ -55,7 +55,7 @@ end
 if refused ~= nil then
   for _, ask in ipairs(asked) do
     if ask.window.has_changed then
-      save_window(ask.window, ask.limit)
+      save_window(ask.window)
     end
   end
   return {0, refused - 1, longest == math.huge and -1 or longest, left}
@@ -64,7 +64,7 @@ end
 local answer = {1}
 for _, ask in ipairs(asked) do
   local number, first = charge(ask.window, now, ask.amount, ask.limit, ask.burst)
-  save_window(ask.window, ask.limit)
+  save_window(ask.window)
   answer[#answer + 1] = number
   answer[#answer + 1] = first
 end

@@ -99,7 +99,6 @@ class RedisMeter:
         for of_rule, amount in zip(self._args, amounts, strict=True):
             args += (*of_rule, amount)
         args += [slot.limit for slot in self._slots]
-        held = limits.held(self._slots)
         waiter: asyncio.Future[RedisGrant | Refusal] = asyncio.get_running_loop().create_future()
 
         def done(answer: Any) -> None:
@@ -123,6 +122,7 @@ class RedisMeter:
                 _undo(result)
 
         limits.take(self._keys, args, done)
+        held = limits.held(self._slots)  # not before: nobody forgets them while the store is away
         for each in held:
             each.pending += 1
         try:

@@ -28,6 +28,7 @@ from sidecar.config.schema import Config, TeamSettings, UpstreamSettings
 from sidecar.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from sidecar.call import Key
     from sidecar.filter import Filter, FilterConfig
 
 RESERVED_SEGMENTS = frozenset({"healthz", "livez", "readyz", "metrics"})
@@ -315,11 +316,26 @@ class _Binder:
 
         for name, chain in self.config.chains.items():
             if name not in self.missing:
-                for mistake in check_order(
+                for kind, index, message in check_order(
                     [self.classes[each] for each in chain.call],
                     [self.classes[each] for each in chain.attempt],
+                    self._giver_of,
                 ):
-                    self._refuse(("chains", name), mistake)
+                    used: str = getattr(chain, kind)[index]
+                    self._refuse(("chains", name, kind, index), f"{used} {message}")
+
+    def _giver_of(self, key: Key[Any]) -> tuple[str, str] | None:
+        """A filter that gives the fact: one in use, else a built-in one; with its list."""
+        from sidecar.filter import CallFilter
+
+        for name in dict.fromkeys((*self.classes, *builtin_filters())):
+            try:
+                found = self.classes.get(name) or find_filter(name, self.directory)
+            except FilterNotFound:
+                continue
+            if key in found.gives:
+                return name, "call" if issubclass(found, CallFilter) else "attempt"
+        return None
 
     def _policies(self) -> tuple[BoundPolicy, ...]:
         config = self.config
@@ -390,17 +406,23 @@ class _Binder:
                 return
             self._refuse(keys, mistake.message, at_key=mistake.at_key, document=document)
 
-        config = self._validate(filter_class.Config, values, place)
+        hint = f"it goes into the section `{name}` of an upstream"
+        elsewhere = _where_it_goes(filter_class.UpstreamConfig, values, hint)
+        config = self._validate(filter_class.Config, values, place, elsewhere)
         return None if config is None else FilterSpec(name, filter_class, config)
 
     def _validate(
-        self, model: type[FilterConfig], values: Any, place: Callable[[Mistake], None]
+        self,
+        model: type[FilterConfig],
+        values: Any,
+        place: Callable[[Mistake], None],
+        where_it_goes: Callable[[Keys], str],
     ) -> FilterConfig | None:
         model = model.variant(values)
         try:
             return model.model_validate(values, context=self.references)
         except ValidationError as error:
-            mistakes = explain(error, model, values)
+            mistakes = explain(error, model, values, where_it_goes)
         for mistake in mistakes:
             place(mistake)
         return None
@@ -421,7 +443,9 @@ class _Binder:
                 def place(mistake: Mistake, keys: Keys = keys) -> None:
                     self._refuse((*keys, *mistake.keys), mistake.message, at_key=mistake.at_key)
 
-                config = self._validate(model, values, place)
+                hint = f"it goes under `filters.{name}`"
+                elsewhere = _where_it_goes(self.classes[name].Config, values, hint)
+                config = self._validate(model, values, place, elsewhere)
                 if config is None:
                     continue
                 sections[name][upstream_name] = config
@@ -463,9 +487,19 @@ class _Binder:
             if found.UpstreamConfig is not None
         }
 
+    def _where_instead(self, name: str) -> str:
+        """Where the settings of a filter go that has none for an upstream."""
+        settings = self.classes[name].Config.model_fields
+        if not settings:
+            return "remove the section"
+        if "per" in settings and "upstream" in str(settings["per"].annotation):
+            return "it goes under `filters`; with `per: [upstream]` it counts for each upstream"
+        return "it goes under `filters`"
+
     def _unknown_key(self, keys: Keys, name: str, readers: Iterable[str]) -> None:
         if name in self.classes:
-            message = f'the filter "{name}" has no settings for an upstream: remove the section'
+            message = f'the filter "{name}" has no settings for an upstream: '
+            message += self._where_instead(name) + did_you_mean(name, UpstreamSettings.model_fields)
         elif name.lower().replace("-", "_") in CREDENTIALS:
             message = (
                 "unknown key: a key for the upstream stands in its section `sign`, such as "
@@ -476,6 +510,14 @@ class _Binder:
             hint = did_you_mean(name, known) or ", and no filter in use has settings of that name"
             message = f"unknown key{hint}"
         self._refuse(keys, message, at_key=True)
+
+
+def _where_it_goes(
+    model: type[FilterConfig] | None, values: Any, hint: str
+) -> Callable[[Keys], str]:
+    """Tells `hint` of a key that is unknown where it stands, and known in the other `model`."""
+    known = model.variant(values).model_fields if model is not None else {}
+    return lambda keys: hint if len(keys) == 1 and keys[0] in known else ""
 
 
 def _with_absolute_files(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -82,8 +82,21 @@ def _close(word: str, known: Iterable[str]) -> list[str]:
     return [names[each] for each in difflib.get_close_matches(word, names, n=1)]
 
 
-def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> list[Mistake]:
-    """The mistakes in `raw`, which `model` has refused with `error`, one for each place."""
+def _nowhere(keys: Keys) -> str:
+    return ""
+
+
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    raw: Any,
+    where_it_goes: Callable[[Keys], str] = _nowhere,
+) -> list[Mistake]:
+    """The mistakes in `raw`, which `model` has refused with `error`, one for each place.
+
+    `where_it_goes` is asked about each unknown key, which may belong somewhere else: a hint, or
+    nothing.
+    """
     expected: dict[Keys, list[str]] = {}
     mistakes: list[Mistake] = []
     for detail in error.errors(include_url=False, include_input=False):
@@ -99,7 +112,10 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> list[Mi
             mistakes.append(_missing(keys, value, model, detail["loc"]))
         elif kind == "extra_forbidden":
             known = _known_keys(model, detail["loc"])
-            hint = did_you_mean(str(detail["loc"][-1]), known)
+            if elsewhere := where_it_goes(keys):
+                hint = f": {elsewhere}"
+            else:
+                hint = did_you_mean(str(detail["loc"][-1]), known)
             if not hint:
                 hint = f"; known here: {', '.join(sorted(known))}" if known else "; remove it"
             mistakes.append(Mistake(keys, f"unknown key{hint}", at_key=True))

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sidecar.config.document import Document, parse, read
+from sidecar.config.document import Document, Keys, parse, read
 from sidecar.config.explain import explain
 from sidecar.config.references import References
+from sidecar.config.registry import where_settings_go
 from sidecar.config.schema import Config, TeamSettings
 from sidecar.errors import ConfigError, Problem
 
@@ -93,7 +94,7 @@ class _Reader:
         except ValidationError as error:
             self.problems += [
                 document.problem(each.keys, each.message, at_key=each.at_key)
-                for each in explain(error, model, document.value)
+                for each in explain(error, model, document.value, _where_it_goes)
             ]
             return None
 
@@ -115,6 +116,12 @@ class _Reader:
         """The problems in the order of the files and of their lines."""
         order = {file: index for index, file in enumerate(self._files)}
         return sorted(self.problems, key=lambda each: (order[each.file], each.line, each.column))
+
+
+def _where_it_goes(keys: Keys) -> str:
+    """A hint for the key of a filter that stands at the top, in a model or in a chain."""
+    may_be_a_filter = len(keys) == 1 or keys[0] in ("models", "chains")
+    return where_settings_go(str(keys[-1])) if may_be_a_filter else ""
 
 
 def _warnings(config: Config, document: Document) -> list[str]:

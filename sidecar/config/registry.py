@@ -46,6 +46,21 @@ def find_filter(name: str, directory: Path) -> type[Filter]:
     raise FilterNotFound(f'there is no filter "{name}"{hint}')
 
 
+def where_settings_go(name: str) -> str:
+    """Where the settings of a built-in filter stand, as a hint; empty for other names."""
+    try:
+        found = find_filter(name, Path()) if name in builtin_filters() else None
+    except FilterNotFound:
+        found = None
+    if found is None:
+        return ""
+    if found.Config.model_fields:
+        return "it goes under `filters`"
+    if found.UpstreamConfig is not None:
+        return f"it goes into the section `{name}` of an upstream"
+    return "this filter has no settings: remove the section"
+
+
 def _load(name: str, point: EntryPoint) -> Any:
     try:
         return point.load()

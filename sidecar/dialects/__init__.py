@@ -55,7 +55,7 @@ class Dialect(Protocol):
         self, kind: LimitKind, limit: int, remaining: int, reset_s: float, wall: float
     ) -> dict[str, str]:
         """What tells an SDK of a limit: of which calls or tokens are `remaining`, and in how many
-        seconds all of it is there again, seen from `wall` (Unix seconds)."""
+        seconds there is room for the same again, seen from `wall` (Unix seconds)."""
         ...
 
     def models_body(self, names: Iterable[str]) -> bytes:

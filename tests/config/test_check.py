@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import filters
+from filters.rate_limit import RateLimit
+from sidecar.config.registry import find_filter
 from sidecar.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -296,6 +299,40 @@ def test_a_section_of_a_filter_without_settings_for_upstreams_is_refused(place: 
     ]
 
 
+def test_a_section_of_a_filter_under_an_upstream_that_has_none_there_is_told_its_place(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = 'upstreams.a.limit: the filter "limit" has no settings for an upstream: '
+    assert place.problems(upstream("limit: {per_minute: 1}")) == [
+        f"config.yaml:2:47: {beside}it goes under `filters`"
+    ]
+    limit = find_filter("limit", place.directory)
+    monkeypatch.setattr(limit, "Config", RateLimit.Config)
+    assert place.problems(upstream("limit: {per_minute: 1}")) == [
+        f"config.yaml:2:47: {beside}it goes under `filters`; with `per: [upstream]` it counts for "
+        "each upstream"
+    ]
+
+
+def test_a_setting_for_an_upstream_under_filters_is_told_its_place(
+    place: Place, chain: Chain
+) -> None:
+    assert place.problems(chain("", "breaker", more="filters: {breaker: {failures: 3}}")) == [
+        "config.yaml:5:21: filters.breaker.failures: unknown key: it goes into the section "
+        "`breaker` of an upstream"
+    ]
+
+
+def test_a_setting_of_all_upstreams_in_a_section_of_one_is_told_its_place(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, breaker = (find_filter(name, place.directory) for name in ("limit", "breaker"))
+    monkeypatch.setattr(breaker, "Config", limit.Config)
+    assert place.problems(upstream("breaker: {burst: 3}")) == [
+        "config.yaml:2:57: upstreams.a.breaker.burst: unknown key: it goes under `filters.breaker`"
+    ]
+
+
 # References
 
 
@@ -526,21 +563,32 @@ def test_a_filter_twice_in_one_list_is_refused(place: Place, chain: Chain) -> No
 
 def test_a_chain_in_a_wrong_order_is_refused(place: Place, chain: Chain) -> None:
     assert place.problems(chain("needs, gives, sign", "sign, breaker")) == [
-        "config.yaml:4:12: chains.default: Needs needs fact: put a filter that gives it before it",
-        "config.yaml:4:12: chains.default: Sign is an attempt filter: move it to the list "
+        "config.yaml:4:20: chains.default.call[0]: needs needs fact: put gives before it",
+        "config.yaml:4:34: chains.default.call[2]: sign is an attempt filter: move it to the list "
         "`attempt`",
-        "config.yaml:4:12: chains.default: Sign must be the last of the list `attempt`",
+        "config.yaml:4:51: chains.default.attempt[0]: sign must be the last of the list "
+        "`attempt`: move it there",
     ]
 
 
 def test_a_chain_that_nobody_gives_what_is_read_is_refused(place: Place, chain: Chain) -> None:
     assert place.problems(chain("plain, reads")) == [
-        "config.yaml:4:12: chains.default: Reads reads fact: put a filter that gives it into the "
-        "chain",
+        "config.yaml:4:27: chains.default.call[1]: reads reads fact: add gives, which gives it, "
+        "to the list `call`",
     ]
     assert place.problems(chain("plain", more="  other: {call: [reads], attempt: []}\n")) == [
-        "config.yaml:5:10: chains.other: Reads reads fact: put a filter that gives it into the "
-        "chain",
+        "config.yaml:5:18: chains.other.call[0]: reads reads fact: add gives, which gives it, "
+        "to the list `call`",
+    ]
+
+
+def test_a_fact_that_no_known_filter_gives_is_told_without_a_name(
+    place: Place, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(filters.BUILTIN, "gives")
+    assert place.problems(chain("reads")) == [
+        "config.yaml:4:20: chains.default.call[0]: reads reads fact: put a filter that gives it "
+        "into the chain",
     ]
 
 

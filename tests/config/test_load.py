@@ -78,6 +78,23 @@ def test_an_unknown_key_comes_with_the_one_that_was_meant(place: Place) -> None:
     ]
 
 
+def test_a_filters_settings_outside_of_filters_are_told_their_place(place: Place) -> None:
+    text = place.SMALLEST.replace("{call: [],", "{limit: {}, call: [],")
+    text += "limit: {burst: 2}\nbreaker: {}\nmodels: {a: {targets: [mock], limit: {}}}\n"
+    text += "http: {limit: 1}\n"
+    under = "unknown key: it goes under `filters`"
+    problems = place.problems(text + "teams: teams/*.yaml\n", a="team: a\nlimit: {burst: 2}\n")
+    assert [each.partition(": ")[2] for each in problems] == [
+        f"chains.default.limit: {under}",
+        f"limit: {under}",
+        "breaker: unknown key: it goes into the section `breaker` of an upstream",
+        f"models.a.limit: {under}",
+        problems[4].partition(": ")[2],
+        f"limit: {under}",
+    ]
+    assert "http.limit: unknown key; known here: " in problems[4]
+
+
 def test_an_unknown_key_in_a_short_target_comes_with_the_one_that_was_meant(place: Place) -> None:
     assert place.problems(place.SMALLEST + "models:\n  a: [{upstream: mock, modl: x}]") == [
         'config.yaml:6:24: models.a[0].modl: unknown key, did you mean "model"?',

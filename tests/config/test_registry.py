@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sidecar.config import registry
-from sidecar.config.registry import FilterNotFound, find_filter
+from sidecar.config.registry import FilterNotFound, find_filter, where_settings_go
 
 if TYPE_CHECKING:
     from conftest import Place
@@ -86,6 +86,20 @@ def test_what_is_no_filter_is_refused(place: Place, name: str) -> None:
 
 def test_settings_that_are_no_filter_config_are_refused(place: Place) -> None:
     assert refusal(place, "bad_config") == '"bad_config" has settings that are no FilterConfig'
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("limit", "it goes under `filters`"),
+        ("breaker", "it goes into the section `breaker` of an upstream"),
+        ("plain", "this filter has no settings: remove the section"),
+        ("bad_config", ""),
+        ("unknown", ""),
+    ],
+)
+def test_a_built_in_filter_s_settings_have_their_place(name: str, hint: str) -> None:
+    assert where_settings_go(name) == hint
 
 
 def test_an_unknown_name_comes_with_the_one_that_was_meant(place: Place) -> None:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from filters.rate_limit import LONG_WAIT_S, RateLimit
+from filters.rate_limit import LONG_WAIT_S, LONGEST_NAME, RateLimit
 from sidecar.api import AttemptFilter, AttemptNext, Call, Reply, Target, Team
 from sidecar.chain import link_call
 from sidecar.dialects import ANTHROPIC
@@ -226,6 +226,28 @@ async def test_an_upstream_has_its_own_count() -> None:
         assert (await harness.run(call)).client.status == 200
 
 
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"models": ["m*", MODEL], "requests_per_minute": 1}, f"team tests for m*, {MODEL}: 1 req"),
+        ({"models": [MODEL], "concurrency": 1}, f"team tests for {MODEL}: 1 calls at once"),
+        ({"models": [MODEL], "requests_per_day": 1, "per": ["model"]}, f"of model {MODEL}: 1 req"),
+    ],
+)
+async def test_a_refusal_by_a_rule_for_some_models_names_them(
+    rule: dict[str, Any], words: str
+) -> None:
+    async with limited({"rules": [rule]}) as harness:
+        harness.upstream.answer = harness.upstream.silent()
+        first = harness.start(chat(harness))
+        await harness.upstream.asked.wait()
+        refused = await harness.run(chat(harness))
+        assert refused.client.status == 429
+        assert words in error(refused)["message"]
+        first.client_leaves()
+        await first.ended()
+
+
 async def test_further_rules_hold_for_their_models() -> None:
     rules = [
         {"models": ["o1*", "gpt-5"], "requests_per_minute": 1},
@@ -257,6 +279,15 @@ async def test_plans_for_callers_names_are_bounded(monkeypatch: pytest.MonkeyPat
         (made,) = harness.filters
         assert isinstance(made, RateLimit)
         assert len(made._plans) <= 3
+
+
+async def test_a_name_that_fills_a_body_is_not_remembered() -> None:
+    rules = [{"models": ["o1*"], "requests_per_minute": 1}]
+    async with limited({"rules": rules}) as harness:
+        assert await statuses(harness, 2, model="o1" + "x" * LONGEST_NAME) == [200, 429]
+        (made,) = harness.filters
+        assert isinstance(made, RateLimit)
+        assert not made._plans
 
 
 async def test_a_reload_with_another_limit_keeps_what_was_counted() -> None:

@@ -146,6 +146,33 @@ async def test_a_call_without_a_bound_reserves_the_setting_for_its_answer() -> N
         await runs[0].ended()
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "bound", "words"),
+    [
+        ("tokens", None, None, "1020 (20 of input, 1000 reserved for the answer): try again in"),
+        ("tokens", None, 500, "520 (20 of input, 500 reserved for the answer): try again in"),
+        ("input_tokens", None, None, "20 (20 of input): try again in"),
+        ("output_tokens", None, None, "1000 (1000 reserved for the answer): try again in"),
+        ("tokens", "/v1/responses", None, "1020 (20 of input, 1000 reserved for the answer)"),
+        ("tokens", "/v1/embeddings", None, "20 (20 of input): try again in"),
+    ],
+)
+async def test_a_refusal_says_what_the_call_would_reserve(
+    kind: str, path: str | None, bound: int | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("filters.token_budget.estimate_input", lambda call: 20)
+    async with budgeted({f"{kind}_per_minute": 5000}) as harness:
+        harness.upstream.answer = harness.upstream.whole(used(5000, 5000))
+        await harness.run(chat(harness))
+        body = {"model": MODEL} if bound is None else {"model": MODEL, "max_tokens": bound}
+        run = await harness.run(harness.call(body, path=path or "/v1/chat/completions"))
+        message = error(run)["message"]
+        assert f"has 0 left, and this call may take {words}" in message
+        name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        may_be_bound = bound is None and "reserved" in words
+        assert message.endswith(f"s, or name {name} to reserve less") == may_be_bound
+
+
 async def test_every_choice_of_an_answer_is_reserved() -> None:
     async with budgeted({"output_tokens_per_minute": 1000}) as harness:
         await harness.run(chat(harness, 300, n=3))

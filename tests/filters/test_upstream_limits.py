@@ -30,6 +30,7 @@ from sidecar.api import (
 )
 from sidecar.call import Target
 from sidecar.chain import link_attempt
+from sidecar.dialects import ANTHROPIC
 from sidecar.dispatch import Dispatch
 from sidecar.team import Models
 from tests.support.harness import MODEL, Answer, FakeUpstream, Harness, Run, Use
@@ -239,6 +240,29 @@ async def test_tokens_are_reserved_and_settled_with_what_was_reported() -> None:
         error = refused(await harness.run(asking(harness, 100)))
         assert "1000 tokens a minute" in error.message
         assert limited(harness, "tokens_per_minute") == 2
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"body": b"", "method": "GET", "path": "/fake/v1/files"},
+        {"path": "/v1/messages/count_tokens"},
+    ],
+    ids=lambda asked: str(asked["path"]),
+)
+async def test_what_takes_no_tokens_is_not_counted(asked: dict[str, Any]) -> None:
+    upstream = FakeUpstream(dialect=ANTHROPIC) if "count" in asked["path"] else None
+    use = limits({"tokens_per_minute": 10}, max_wait_s=0.0)
+    async with Harness(TokenCounter, use, key("a"), upstream=upstream) as harness:
+        harness.upstream.answer = saying(
+            {
+                "x-ratelimit-limit-tokens": "10",
+                "x-ratelimit-remaining-tokens": "0",
+                "x-ratelimit-reset-tokens": "30s",
+            }
+        )
+        for _ in range(3):
+            assert (await harness.run(harness.call(**asked))).client.status == 200
 
 
 async def test_tokens_come_back_for_an_error_and_stay_for_an_answer_that_died() -> None:

@@ -115,6 +115,25 @@ async def test_an_unknown_key_gets_401_in_the_dialect_of_the_path(
     assert (line["team"], line["status"], line["model"]) == ("unknown", 401, None)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "no API key was sent: send `Authorization: Bearer KEY` or `x-api-key: KEY`"),
+        (
+            {"x-api-key": ""},
+            "no API key was sent: send `Authorization: Bearer KEY` or `x-api-key: KEY`",
+        ),
+        ({"api-key": "wrong"}, "this API key is not known here"),
+    ],
+)
+async def test_a_call_without_a_key_is_told_so(
+    flow: Flow, fields: dict[str, str], message: str
+) -> None:
+    answer = await flow.call(request("POST", CHAT, chat_body(), fields))
+    assert answer.status == 401
+    assert answer.error["message"] == message
+
+
 async def test_an_unknown_key_learns_nothing_of_models_and_upstreams(flow: Flow) -> None:
     for path in ("/v1/models", "/v1/models/gpt", "/up-openai/x", "/nowhere", "/v1/other"):
         for method in ("GET", "POST"):

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from filters.algo.estimate import (
+    MOST_OUTPUT,
     TOKENS_PER_MEDIUM,
+    bounds_output,
     estimate_input,
     estimate_output,
     tokens_of,
 )
+from sidecar.dialects.endpoint import OTHER
 from tests.support.harness import MODEL, Harness
 
 ENGLISH = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while. " * 20
@@ -55,7 +58,15 @@ def test_two_byte_letters_are_not_taken_for_chinese() -> None:
     ],
     ids=lambda part: str(part["type"]),
 )
-@pytest.mark.parametrize("dump", [orjson.dumps, lambda value: json.dumps(value).encode()])
+@pytest.mark.parametrize(
+    "dump",
+    [
+        orjson.dumps,
+        lambda value: json.dumps(value).encode(),
+        lambda value: json.dumps(value).replace("/", "\\/").encode(),
+    ],
+    ids=["compact", "spaced", "slashes escaped"],
+)
 def test_media_count_by_the_piece_and_not_by_their_length(part: Any, dump: Any) -> None:
     data = base64.b64encode(bytes(range(256)) * 400).decode()
     two = json.loads(json.dumps([part, part]).replace("DATA", data))
@@ -65,6 +76,8 @@ def test_media_count_by_the_piece_and_not_by_their_length(part: Any, dump: Any) 
 
 def test_text_that_only_speaks_of_base64_is_text() -> None:
     text = 'data:image/png;base64, and "data": "' + ENGLISH * 3
+    assert tokens_of(body(text)) == pytest.approx(len(text) / 4, rel=0.05)
+    text = "data:image/png;base64," + ENGLISH * 3
     assert tokens_of(body(text)) == pytest.approx(len(text) / 4, rel=0.05)
 
 
@@ -93,6 +106,7 @@ def test_more_text_is_never_fewer_tokens(text: str, ascii_only: bool) -> None:
         ({"max_tokens": True}, 1000),
         ({"max_tokens": -5, "n": 0}, 1000),
         ({"max_tokens": "7", "n": "2"}, 1000),
+        ({"max_tokens": 10**18, "n": 10**9}, MOST_OUTPUT),
     ],
     ids=repr,
 )
@@ -100,6 +114,21 @@ async def test_the_answer_may_have_what_the_caller_allows_for_each_choice(
     fields: Any, tokens: int
 ) -> None:
     assert estimate_output(Harness().call({"model": MODEL, **fields}), 1000) == tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_bound"),
+    [({}, False), ({"max_tokens": 0}, False), ({"max_output_tokens": 5, "n": 2}, True)],
+)
+async def test_a_caller_may_bound_the_answer(fields: dict[str, Any], is_bound: bool) -> None:
+    assert bounds_output(Harness().call({"model": MODEL, **fields})) is is_bound
+
+
+async def test_whoever_cannot_bound_the_answer_is_not_told_to() -> None:
+    call = Harness().call(b"{no json", path="/fake/v1/other")
+    assert bounds_output(call)
+    call.endpoint = OTHER
+    assert bounds_output(call)
 
 
 async def test_a_call_that_is_long_is_estimated_once() -> None:

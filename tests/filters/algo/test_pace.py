@@ -22,6 +22,7 @@ arrivals = st.lists(
 def test_no_stretch_of_time_holds_more_than_a_burst_and_the_even_rate(
     pauses: list[tuple[int, int]], limit: int, burst: int
 ) -> None:
+    burst = min(burst, limit)  # above it, the window is what holds
     pace, now_us = Pace(SECOND_US), 0
     taken: list[tuple[int, int]] = []
     for pause_us, amount in pauses:
@@ -65,10 +66,16 @@ def test_a_burst_is_there_again_after_its_time() -> None:
     assert pace.room(300_000, 10, 3) == 3
 
 
-def test_nothing_passes_at_a_rate_of_zero_while_something_is_ahead() -> None:
+def test_a_lower_limit_does_not_wait_longer_than_a_period_for_what_a_higher_one_charged() -> None:
     pace = Pace(SECOND_US)
-    pace.charge(0, 5, 10)
-    assert pace.wait_us(10 * SECOND_US, 1, 0, 5) == -1
+    for _ in range(3_000):
+        pace.charge(0, 1, 6_000)
+    assert pace.wait_us(0, 1, 60, 10) == round(SECOND_US * 51 / 60)
+    assert pace.wait_us(SECOND_US, 10, 60, 10) == 0
+
+
+def test_nothing_passes_at_a_rate_of_zero() -> None:
+    assert Pace(SECOND_US).wait_us(0, 6, 0, 5) == -1
 
 
 def test_a_clock_that_goes_back_frees_nothing() -> None:

@@ -64,3 +64,10 @@ async def test_another_command_is_told_what_to_write(
 def test_another_origin_allows_something_else(learned: Learned) -> None:
     assert learned.of("openai", THERE) == {}
     assert len(learned.of("openai", HERE)) == 1
+
+
+async def test_what_is_in_use_is_shown_also_when_another_origin_was_known_since(
+    learned: Learned,
+) -> None:
+    learned.of("openai", THERE)  # a reload, and then the configuration of before again
+    assert len((await learned.show())["openai"]) == 1

@@ -171,8 +171,10 @@ def test_even_nothing_waits_for_a_debt_of_a_paced_rule() -> None:
     desk = Desk()
     rule = Rule("paced", 60, 60.0, burst=2)
     desk.take(Charge("a", rule)).settle(0, 100)
-    desk.clock.turn(62.0)
-    assert desk.refuse(Charge("a", rule, 0)).wait_s == 36.0
+    desk.clock.turn(2.0)
+    assert desk.refuse(Charge("a", rule, 0)).wait_s == 58.0
+    desk.clock.turn(58.0)
+    desk.take(Charge("a", rule, 2))
 
 
 def test_only_the_first_settlement_counts() -> None:

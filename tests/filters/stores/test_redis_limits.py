@@ -398,6 +398,7 @@ async def test_store_that_is_away_is_said_to_be(own_desk: Desk) -> None:
     await asyncio.to_thread(own_desk.valkey.stop)
     await until_up(replica, False)
     with pytest.raises(StoreDown):
-        await replica.take(Charge("a", TOKENS, 10))
+        await replica.take(Charge("a", TOKENS, 10), slots=[Slot("b", 1)])
+    assert "b" not in replica.limits._held
     grant.settle(0, 5)
     grant.release()
