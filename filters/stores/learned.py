@@ -30,7 +30,7 @@ class Learned:
         now = self._clock.monotonic()
         shown: dict[str, list[dict[str, Any]]] = {}
         for (upstream, _), allowances in self._upstreams.items():
-            # Of each of its origins: after a reload there may be two, and either may be the old one.
+            # Of all its origins: after a reload there may be two, and either may be the old one.
             shown.setdefault(upstream, []).extend(
                 {
                     "model": model,

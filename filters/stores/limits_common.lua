@@ -59,6 +59,9 @@ local function open_window(key, period, now)
     window.head = window.head + 1
     window.has_changed = true
   end
+  if window.head > window.tail then
+    window.used = 0  -- numbers beyond 2^53, as of a provider that lies, are not exact
+  end
   if window.at > now + period then
     window.level = 0
     window.at = now

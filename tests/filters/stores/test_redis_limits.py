@@ -219,6 +219,18 @@ async def test_charge_larger_than_its_limit_is_never_granted(desk: Desk) -> None
     assert refusal == Refusal(0, math.inf, 10)
 
 
+async def test_a_debt_beyond_all_reason_leaves_like_any_other(desk: Desk) -> None:
+    replica = desk.replica()
+    await replica.take(Charge("a", TOKENS, 600))
+    desk.clock.turn(2.0)
+    (await replica.take(Charge("a", TOKENS, 1))).settle(0, 2**63)
+    await replica.flush()
+    desk.clock.turn(62.0)
+    await replica.take(Charge("a", TOKENS, 1_000))
+    refusal = await replica.refuse(Charge("a", TOKENS, 1))
+    assert (refusal.remaining, refusal.wait_s) == (0, 60.0)
+
+
 async def test_the_same_cannot_be_taken_twice_in_one_take(desk: Desk) -> None:
     with pytest.raises(ValueError, match="twice"):
         await desk.replica().take(Charge("a", MINUTE), Charge("a", MINUTE))
