@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat
 
-from filters.algo.estimate import estimate_input
+from filters.algo.estimate import count_lost
 from filters.algo.extra_share import ExtraShare
 from filters.algo.quantile import Quantile
 from sidecar.api import (
@@ -22,7 +22,6 @@ from sidecar.api import (
     Kit,
     Reply,
     Target,
-    Usage,
     forget_frames,
 )
 
@@ -128,7 +127,7 @@ class Hedge(CallFilter):
                 await asyncio.wait((first, second))
         except asyncio.CancelledError:
             if second is not None:
-                self._lose(call)
+                count_lost(call)
                 self._count(target, "gone")
             await self._give_up(first, second)
             raise
@@ -144,7 +143,7 @@ class Hedge(CallFilter):
                 lane.times.add(self._now() - started_at)
             winner, loser = second, first
         if not loser.done() or _has_good(loser):
-            self._lose(call)
+            count_lost(call)
         await self._give_up(loser)
         return winner.result()
 
@@ -180,11 +179,6 @@ class Hedge(CallFilter):
                 if not isinstance(answer, CallError):
                     self.kit.log.error("hedge_failed", exc_info=answer)
                 forget_frames(answer)
-
-    def _lose(self, call: Call) -> None:
-        """An attempt was given up that its upstream charges for; what it wrote nobody counted."""
-        lost = call.get(LOST_USAGE) or Usage()
-        call[LOST_USAGE] = lost._replace(input=lost.input + estimate_input(call))
 
     def _count(self, target: Target, result: str) -> None:
         counter: Counter = self._hedges.child(target.upstream.name, result)

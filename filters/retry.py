@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from filters.algo.backoff import after_hint_s, backoff_s
+from filters.algo.estimate import count_lost
 from filters.algo.http_time import retry_after_s, unix_time
 from filters.algo.refusals import Told, read_refusal
 from filters.algo.reset_time import reset_wait_s
@@ -35,6 +36,9 @@ HELD_BACK = frozenset({Phase.ADMIT, Phase.SIGN})
 """Where an attempt ends that we did not make: a circuit, a limit or a resting key said no."""
 BEFORE_SEND = HELD_BACK | {Phase.RESOLVE, Phase.POOL, Phase.CONNECT, Phase.TLS}
 """Where nothing of a request's body has been sent yet."""
+
+ANSWER_UNKNOWN = frozenset({Phase.SEND, Phase.HEAD})
+"""Where the upstream may have worked on a request, and charge for it, though it did not say so."""
 
 LOOKED_AT_BYTES = 16 * 1024
 """Of an answer, to find why it was refused."""
@@ -195,6 +199,8 @@ class RetryCalls(CallFilter):
                 wait_s = self._after_error(error, course)
                 if wait_s is None:
                     raise
+                if error.phase in ANSWER_UNKNOWN:
+                    count_lost(call)
                 forget_frames(error)
             else:
                 if reply.status < 400 and policy.rules.within_200 is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 
 from filters.signers.settings import SignSettings
-from filters.signers.signer import UpstreamSigner, no_room, unsigned
+from filters.signers.signer import UpstreamSigner
 from sidecar.api import (
     Attempt,
     AttemptFilter,
@@ -16,6 +16,7 @@ from sidecar.api import (
     Reply,
     Retry,
     UpstreamError,
+    no_key_room,
 )
 
 
@@ -39,19 +40,21 @@ class Sign(AttemptFilter):
         upstream = attempt.upstream
         signer = self._signers.get(upstream.name)
         if signer is None:
-            return call_next(attempt) if attempt.key_gate is None else unsigned(attempt, call_next)
+            return call_next(attempt)
         if upstream.host != signer.host or upstream.scheme != signer.url_scheme:
             message = "the credentials belong to another address than this upstream's"
             raise UpstreamError(Phase.SIGN, Retry.NO, "upstream_origin_mismatch", message)
         always = signer.always
         if always is None:
             return signer.run(attempt, call_next)
-        if attempt.key_gate is not None:
-            wait_s = attempt.key_gate(signer.digests[0])
+        gate = attempt.key_gate
+        if gate is not None:
+            attempt.key_gate = None
+            wait_s = gate(signer.digests[0])
             if not isinstance(wait_s, float):
                 return signer.run_fixed(wait_s, attempt, call_next)
             if wait_s:
-                raise no_room(wait_s)
+                raise no_key_room(wait_s)
         attempt.headers.put(always)
         attempt.on_end(signer.ended)
         return call_next(attempt)

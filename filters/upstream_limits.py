@@ -101,22 +101,20 @@ class UpstreamLimits(AttemptFilter):
     async def _pass(self, place: Place, attempt: Attempt, call_next: AttemptNext) -> Reply:
         passage = Passage(place, attempt)
         attempt.on_end(passage.ended)
-        if place.asks_by_key:
-            attempt.key_gate = passage.use_key
         while True:
+            if place.asks_by_key:
+                attempt.key_gate = passage.use_key
             try:
                 if place.takes_first and passage.grant is None:
                     has_room = passage.take("")
                     if not (has_room if isinstance(has_room, bool) else await has_room):
                         raise passage.no_room()
-                if place.asks_itself:
-                    wait_s = passage.use_key("")
-                    if wait_s if isinstance(wait_s, float) else await wait_s:
-                        raise passage.no_room()
                 reply = await call_next(attempt)
             except UpstreamError as error:
-                if error.code != CODE or not self._may_wait(passage):
+                if error.code != CODE:
                     raise
+                if not self._may_wait(passage):
+                    raise passage.no_room(error.retry_after_s) from None
             else:
                 if place.asks_by_key:
                     passage.answered(reply)
@@ -166,8 +164,6 @@ class Place:
         """Something is taken before any key is chosen."""
         self.quiet_until = 0.0
         """So long, answers need not be read that may be the first to say anything."""
-        self.asks_itself = False
-        """For what is by key, too: nobody behind us asks, as there is no `sign`."""
         if self.has_limits:
             self.limits = open_limits(kit, when_store_is_down)
         learned = kit.panel("upstream_limits", lambda: Learned(kit.clock))
@@ -342,9 +338,7 @@ class Passage:
         """Learn from how the answer begins."""
         place, allowance = self.place, self._allowance
         if allowance is None:
-            if not self._was_asked:
-                place.asks_itself = True
-            elif place.learns:
+            if self._was_asked and place.learns:
                 self._listen(reply)
             return
         self._allowance = None
@@ -405,7 +399,8 @@ class Passage:
         elif usage is not None and end.outcome is COMPLETED:
             grant.settle(index, usage.input + usage.output)
 
-    def no_room(self) -> UpstreamError:
+    def no_room(self, wait_s: float | None = None) -> UpstreamError:
+        """What the attempt fails with; `wait_s`: if another key is free before."""
         place = self.place
         if self.rule.startswith("learned-"):
             message = f"upstream {place.upstream} has asked to wait"
@@ -414,5 +409,5 @@ class Passage:
         return UpstreamError(
             *(Phase.ADMIT, Retry.ELSEWHERE, CODE, message),
             status=429,
-            retry_after_s=SLOT_RETRY_S if self.wait_s == inf else self.wait_s,
+            retry_after_s=wait_s or (SLOT_RETRY_S if self.wait_s == inf else self.wait_s),
         )

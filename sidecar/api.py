@@ -16,6 +16,7 @@ from sidecar.call import (
     Timeouts,
     Upstream,
     Usage,
+    no_key_room,
     within_deadline,
 )
 from sidecar.clock import Clock, Timer
@@ -101,6 +102,7 @@ __all__ = [
     "forget_frames",
     "is_forbidden",
     "literal",
+    "no_key_room",
     "sendable_name",
     "sendable_value",
     "within_deadline",

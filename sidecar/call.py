@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, o
 import orjson
 from multidict import MultiMapping
 
-from sidecar.errors import CallError, Rejected, UpstreamError, forget_frames
+from sidecar.errors import CallError, Phase, Rejected, Retry, UpstreamError, forget_frames
 from sidecar.headers import Headers, field
 from sidecar.tasks import Tasks
 
@@ -500,6 +500,19 @@ def deadline_exceeded() -> Rejected:
     return Rejected(504, "deadline_exceeded", message)
 
 
+def no_key_room(wait_s: float) -> UpstreamError:
+    """What `attempt.key_gate` has said of every key that could be used."""
+    message = "no key for the upstream has room within its limits"
+    return UpstreamError(
+        Phase.ADMIT,
+        Retry.ELSEWHERE,
+        "upstream_limit_reached",
+        message,
+        status=429,
+        retry_after_s=wait_s,
+    )
+
+
 @asynccontextmanager
 async def within_deadline(call: Call, now: float) -> AsyncIterator[None]:
     """What is awaited inside ends at the caller's deadline, seen from `now`: `Rejected` (504)."""
@@ -614,7 +627,7 @@ LOST_USAGE: Key[Usage] = Key("lost_usage")
 
 KeyGate = Callable[[str], float | Awaitable[float]]
 """Asked by whoever chooses one of an upstream's keys, with its digest, before it is used: seconds
-until it may be, at once or awaited. 0.0: now, and it is taken."""
+until it may be, at once or awaited. 0.0: now, and it is taken. An empty digest: none of ours."""
 
 
 class Attempt(Scope):
@@ -670,7 +683,8 @@ class Attempt(Scope):
         self.started_at = started_at
         self.first_byte_at = 0.0
         self.status = 0
-        self.key_gate: KeyGate | None = None  # set by a filter that limits the upstream's keys
+        # Set by a filter that limits the upstream's keys; whoever asks it takes it off.
+        self.key_gate: KeyGate | None = None
 
     @property
     def content_length(self) -> int | None:

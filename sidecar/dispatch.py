@@ -13,7 +13,16 @@ from urllib.parse import unquote
 
 import orjson
 
-from sidecar.call import Attempt, Call, Target, deadline_exceeded, digest, end_of
+from sidecar.call import (
+    Attempt,
+    Call,
+    KeyGate,
+    Target,
+    deadline_exceeded,
+    digest,
+    end_of,
+    no_key_room,
+)
 from sidecar.dialects.endpoint import MODELS, PASS_THROUGH
 from sidecar.errors import Rejected, UpstreamError
 from sidecar.filter import AttemptNext
@@ -151,4 +160,15 @@ class Dispatch:
 
 def send(attempt: Attempt) -> Awaitable[Reply]:
     """The end of the attempt chain: the transport."""
+    if attempt.key_gate is not None:
+        return _send_with_room(attempt, attempt.key_gate)
     return cast(LiveUpstream, attempt.upstream).send(attempt)
+
+
+async def _send_with_room(attempt: Attempt, gate: KeyGate) -> Reply:
+    """The same where no filter chose a key: the caller's own goes along, or none."""
+    attempt.key_gate = None
+    answer = gate("")
+    if wait_s := answer if isinstance(answer, float) else await answer:
+        raise no_key_room(wait_s)
+    return await cast(LiveUpstream, attempt.upstream).send(attempt)

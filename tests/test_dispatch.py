@@ -605,3 +605,28 @@ async def test_attempt_that_was_held_back_is_no_attempt() -> None:
     async with Harness(Again, HoldsBackOnce) as harness:
         run = await harness.run(harness.call(BODY))
     assert (run.client.status, run.call.attempts) == (200, 1)
+
+
+@pytest.mark.parametrize("is_awaited", [False, True])
+async def test_gate_of_keys_is_asked_when_no_filter_has(is_awaited: bool) -> None:
+    asked: list[str] = []
+    waits_s = [0.0, 3.0]
+
+    class Gates(AttemptFilter):
+        async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
+            attempt.key_gate = self.answer_later if is_awaited else self.answer
+            return await call_next(attempt)
+
+        def answer(self, key: str) -> float:
+            asked.append(key)
+            return waits_s.pop(0)
+
+        async def answer_later(self, key: str) -> float:
+            return self.answer(key)
+
+    async with Harness(Gates) as harness:
+        assert (await harness.run(harness.call(BODY))).client.status == 200
+        refused = await harness.run(harness.call(BODY))
+        assert (refused.client.status, refused.client.headers["retry-after"]) == (429, "3")
+        assert refused.client.headers["x-sidecar-error"] == "upstream_limit_reached"
+        assert (asked, len(harness.upstream.sent)) == (["", ""], 1)

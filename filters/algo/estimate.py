@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sidecar.api import Call, Key, Rejected
+from sidecar.api import LOST_USAGE, Call, Key, Rejected, Usage
 
 ASCII_PER_TOKEN = 4.0
 """Characters; English prose has 4.2 to 4.5, code and JSON 3 to 3.5 (o200k)."""
@@ -40,6 +40,13 @@ _IN_FIELD = b'"data":'
 _BASE64 = rb"[A-Za-z0-9+/=_\\-]{64}"  # some clients write `\/`
 _VALUE = re.compile(rb'"data":\s*"(' + _BASE64 + rb")").match
 _IS_BASE64 = re.compile(_BASE64).match
+
+
+def count_lost(call: Call) -> None:
+    """An attempt was given up that its upstream has, and may charge for: its input, at least. What
+    it wrote nobody counted."""
+    lost = call.get(LOST_USAGE) or Usage()
+    call[LOST_USAGE] = lost._replace(input=lost.input + estimate_input(call))
 
 
 def takes_tokens(call: Call) -> bool:

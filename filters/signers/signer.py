@@ -28,6 +28,7 @@ from sidecar.api import (
     Retry,
     UpstreamError,
     field,
+    no_key_room,
     within_deadline,
 )
 
@@ -112,7 +113,7 @@ class UpstreamSigner:
     ) -> Reply:
         """What `always` signs, once the answer is here whether the key has room within limits."""
         if wait_s := await wait:
-            raise no_room(wait_s)
+            raise no_key_room(wait_s)
         attempt.headers.put(self._keys[0].fields)
         attempt.on_end(self.ended)
         return await call_next(attempt)
@@ -146,6 +147,7 @@ class UpstreamSigner:
     async def _choose(self, attempt: Attempt) -> tuple[int, Token | None]:
         """The key for this attempt and, where keys are exchanged for one, its token."""
         exchange, gate = self._scheme.exchange, attempt.key_gate
+        attempt.key_gate = None
         failure: Exception | None = None
         full_s: dict[int, float] = {}  # how long each has no room that has none
         for _ in self._keys:
@@ -160,7 +162,7 @@ class UpstreamSigner:
                         retry_after_s=resting.wait_s,
                     ) from None
                 if failure is None:
-                    raise no_room(resting.wait_s) from None
+                    raise no_key_room(resting.wait_s) from None
                 break
             if gate is not None:
                 answer = gate(self.digests[index])
@@ -176,7 +178,7 @@ class UpstreamSigner:
             except (NoToken, TimeoutError) as error:
                 failure = error  # its neighbours may have one
         if failure is None:
-            raise no_room(min(full_s.values()))
+            raise no_key_room(min(full_s.values()))
         late = isinstance(failure, TimeoutError)
         message = "there is no token for the upstream's credentials"
         raise UpstreamError(
@@ -297,25 +299,6 @@ class UpstreamSigner:
         if signed.good_until:
             key.good_until = self._clock.monotonic() + signed.good_until - now
         return signed
-
-
-async def unsigned(attempt: Attempt, call_next: AttemptNext) -> Reply:
-    """Pass on what gets no credentials of ours, once there is room for the caller's own."""
-    if attempt.key_gate is not None:
-        answer = attempt.key_gate("")
-        if wait_s := answer if isinstance(answer, float) else await answer:
-            raise no_room(wait_s)
-    return await call_next(attempt)
-
-
-def no_room(wait_s: float) -> UpstreamError:
-    """No key may be used yet."""
-    message = "no key of ours has room within the upstream's limits"
-    return UpstreamError(
-        *(Phase.ADMIT, Retry.ELSEWHERE, "upstream_limit_reached", message),
-        status=429,
-        retry_after_s=wait_s,
-    )
 
 
 def _take_off(parameters: Iterable[str], reply: Reply) -> None:

@@ -15,8 +15,10 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
+from filters.algo.estimate import estimate_input
 from filters.retry import RetryCalls
 from sidecar.api import (
+    LOST_USAGE,
     Attempt,
     AttemptFilter,
     AttemptNext,
@@ -30,6 +32,7 @@ from sidecar.api import (
     Reply,
     Retry,
     UpstreamError,
+    Usage,
 )
 from sidecar.dialects.endpoint import OTHER
 from tests.support.harness import Answer, Harness, Run, ScriptedSource, Use
@@ -752,6 +755,24 @@ async def test_body_that_was_held_after_all_may_be_sent_again() -> None:
     call.upload = FakeUpload()
     await play_all(harness, reply(503), reply(200, OK), call=call)
     assert [each.body for each in harness.upstream.sent] == [b"held"] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_lost"),
+    [
+        (failing(Phase.SEND), True),
+        (failing(Phase.HEAD), True),
+        (failing(Phase.CONNECT), False),
+        (reply(503), False),
+    ],
+)
+async def test_input_of_an_attempt_that_may_have_been_worked_on_counts_as_lost(
+    answer: Answer, is_lost: bool
+) -> None:
+    harness = retry_harness()
+    run, _ = await play_all(harness, answer, reply(200, OK))
+    lost = Usage(estimate_input(run.call), 0) if is_lost else None
+    assert run.call.get(LOST_USAGE) == lost
 
 
 @pytest.mark.parametrize("phase", [Phase.SEND, Phase.HEAD])

@@ -306,7 +306,7 @@ async def test_nothing_goes_out_while_the_provider_says_that_nothing_remains() -
         assert await statuses(harness, 1) == [200]
         for _ in range(2):
             error = refused(await harness.run())
-            assert error.message == "no key of ours has room within the upstream's limits"
+            assert error.message == "upstream fake has asked to wait"
             harness.clock.turn(14.9)
         assert error.retry_after_s == pytest.approx(15.1)
         assert len(harness.upstream.sent) == 1
@@ -542,6 +542,7 @@ class ChangesItsMind(AttemptFilter):
         for name in ("first", "second"):
             assert attempt.key_gate is not None
             assert attempt.key_gate(name) == 0.0
+        attempt.key_gate = None
         return await call_next(attempt)
 
 
@@ -592,6 +593,13 @@ async def test_what_is_not_by_key_is_taken_once_however_often_the_attempt_waits(
         assert run.client.status == 200
         assert (await harness.run()).client.status == 429
         assert limited(harness, "requests_per_minute") == 1
+
+
+async def test_calls_that_come_at_once_do_not_overrun_what_is_by_key_without_any_sign() -> None:
+    async with Harness(limits({"requests_per_minute": 2, "per": ["key"]})) as harness:
+        runs = [harness.start() for _ in range(50)]
+        ends = [(await run.ended()).status for run in runs]
+        assert (ends.count(200), ends.count(429), len(harness.upstream.sent)) == (2, 48, 2)
 
 
 async def test_callers_keys_that_the_upstream_never_sees_count_together() -> None:
