@@ -2,7 +2,7 @@
 
 Raw protocols, as in `bench`: callers, providers and sidecars share two cores here, and what the
 callers take, the others do not have. A call starts at a time fixed beforehand, whatever became of
-those before it, and nobody here tries again.
+those before it, and nobody here tries again. A few leave, before the first byte or in mid-stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import cast
 import orjson
 
 from bench.wire import MessageReader
-from drill.plan import KINDS, MAX_TOKENS, TEAMS, Kind, Plan, team_key
+from drill.plan import KINDS, LEAVING_SHARE, MAX_TOKENS, STREAMS, TEAMS, Kind, Plan, team_key
 from drill.providers import NUMBER_HEADER
 
 GRACE_S = 1.0
@@ -27,6 +27,19 @@ GRACE_S = 1.0
 
 SHORTEST_SLEEP_S = 0.002
 """Calls that are due within so long start together."""
+
+LEAVES_WITHIN_S = 1.0
+"""Who leaves before the first byte does so within this time."""
+
+LEAVES_WITHIN_PIECES = 9
+"""Who leaves in mid-stream has had at most so many, which is nearly all: the usage comes late."""
+
+SLOW_HEAD = b"\r\nx-mock-first-delay-ms: 2000"
+"""Keeps an answer from those who will leave before it."""
+
+SLOW_EVENTS = b"\r\nx-mock-delay-ms: 100"
+"""Before each event: who leaves after one is gone before the provider tells more, so that what it
+told is what the sidecar heard."""
 
 Address = tuple[str, int]
 
@@ -40,6 +53,7 @@ class Ending(StrEnum):
     UNCLEAR = "neither an answer nor a clear error"
     LOST = "connection lost before the head"
     HUNG = "nothing in time"
+    LEFT = "left"  # the caller, before all was there
 
 
 @dataclass(slots=True)
@@ -56,6 +70,19 @@ class CallRecord:
     status: int = 0
     ending: Ending = Ending.HUNG
     code: str = ""  # of the error
+    retry_after: str = ""  # as the head says it
+    leaves_after_s: float | None = None  # unless a byte came; None: stays
+    leaves_after_pieces: int | None = None  # of what came; None: stays
+
+    @property
+    def left_early(self) -> bool:
+        """Whether the caller left before the first byte; the sidecar may not have seen the call."""
+        return self.ending is Ending.LEFT and not self.first_byte_at
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a limit of calls at once refused it."""
+        return self.code == "concurrency_limited"
 
 
 class Connection(asyncio.Protocol):
@@ -79,6 +106,9 @@ class Connection(asyncio.Protocol):
         self.call = call
         call.sent_at = monotonic()
         self._transport.write(request)
+        if call.leaves_after_s is not None:
+            loop = asyncio.get_running_loop()
+            loop.call_later(call.leaves_after_s, self._leave_without_answer, call)
 
     def data_received(self, data: bytes) -> None:
         call = self.call
@@ -93,6 +123,8 @@ class Connection(asyncio.Protocol):
             self._end(is_whole=True)
             if b"\r\nconnection: close" not in self._reader.head:
                 self._idle.append(self)
+        elif call.leaves_after_pieces is not None and len(self._pieces) >= call.leaves_after_pieces:
+            self._leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._callers.connections.discard(self)
@@ -104,6 +136,17 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def _leave_without_answer(self, call: CallRecord) -> None:
+        if self.call is call and not call.first_byte_at:
+            self._leave()
+
+    def _leave(self) -> None:
+        call, self.call = self.call, None
+        assert call is not None
+        call.done_at, call.ending = monotonic(), Ending.LEFT
+        self.close()
+        self._callers.ended(call)
 
     def _end(self, *, is_whole: bool) -> None:
         call, self.call = self.call, None
@@ -138,11 +181,8 @@ class Callers:
         plan, chance = self._plan, Random(self._plan.seed)
         began, due_s = monotonic(), 0.0
         due: deque[CallRecord] = deque()
-        teams = [*TEAMS]
-        shares = [kind.share for kind in KINDS]
         while (due_s := due_s + chance.expovariate(plan.rate)) < plan.seconds:
-            (kind,) = chance.choices(KINDS, shares)
-            due.append(CallRecord(len(due), kind, chance.choice(teams), began + due_s))
+            due.append(_draw(chance, len(due), began + due_s))
         self.calls = list(due)
         while due:
             wait_s = due[0].due_at - monotonic()
@@ -178,7 +218,12 @@ class Callers:
         self._open_calls += 1
         index = call.number % len(self._addresses)
         before, after = self._requests[call.kind, call.team]
-        request = b"%b%d%b" % (before, call.number, after)
+        slow = b""
+        if call.leaves_after_s is not None:
+            slow = SLOW_HEAD
+        elif call.leaves_after_pieces is not None:
+            slow = SLOW_EVENTS
+        request = b"%b%d%b%b" % (before, call.number, slow, after)
         idle = self._idle[index]
         if idle:
             idle.pop().send(call, request)  # the most recently used one: few stay busy
@@ -199,6 +244,22 @@ class Callers:
             self.ended(call)
             return
         connection.send(call, request)
+
+
+def _draw(chance: Random, number: int, due_at: float) -> CallRecord:
+    """The next call. Who will leave in mid-stream asks for a stream: a JSON body has no middle."""
+    draw = chance.random()
+    leaves_early = draw < LEAVING_SHARE / 2
+    leaves_midway = not leaves_early and draw < LEAVING_SHARE
+    kinds = STREAMS if leaves_midway else KINDS
+    (kind,) = chance.choices(kinds, [kind.share for kind in kinds])
+    call = CallRecord(number, kind, chance.choice([*TEAMS]), due_at)
+    if leaves_early:
+        # Half of them in a sixteenth of the time: it is then that limits are asked.
+        call.leaves_after_s = LEAVES_WITHIN_S * chance.random() ** 4
+    elif leaves_midway:
+        call.leaves_after_pieces = chance.randint(1, LEAVES_WITHIN_PIECES)
+    return call
 
 
 def _request_around_number(kind: Kind, team: str, deadline_s: float) -> tuple[bytes, bytes]:
@@ -233,6 +294,8 @@ def judge(call: CallRecord, data: bytes, *, is_whole: bool) -> None:
         return
     call.status = int(head[9:12])
     lower = head.lower()
+    _, _, after_name = lower.partition(b"\r\nretry-after:")
+    call.retry_after = after_name.partition(b"\r\n")[0].strip().decode()
     body = _unchunked(rest) if b"\r\ntransfer-encoding: chunked" in lower else rest
     if b"\r\ncontent-type: text/event-stream" in lower:
         call.ending, call.code = _judge_stream(call.kind, body, is_whole=is_whole)

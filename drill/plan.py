@@ -75,8 +75,16 @@ KINDS = tuple(
     )
 )
 
+STREAMS = tuple(kind for kind in KINDS if kind.is_stream)
+
+LEAVING_SHARE = 0.02
+"""Of the callers: half of them before the first byte, half in mid-stream."""
+
 TEAMS = {"search": "high", "support": "normal", "batch": "low"}
 """Names and priorities."""
+
+BOUNDED_TEAM = "batch"
+"""The one whose limit of calls at once is so near that it is reached."""
 
 
 def team_key(team: str) -> str:
@@ -107,6 +115,11 @@ class Plan:
         return max(1, round(self.rate / self.sidecars * 1.8))
 
     @property
+    def bounded_team_calls(self) -> int:
+        """Calls at once of the bounded team, in all sidecars together: in bad moments it has more."""
+        return max(1, round(self.rate * 0.12))
+
+    @property
     def outage_at(self) -> float:
         return self.seconds / 2 - self.outage_s / 2
 
@@ -126,10 +139,12 @@ def write_config(folder: Path, plan: Plan, ports: Mapping[str, int], store_url: 
     """The configuration of one sidecar, with its teams, in `folder`. `ports` of the providers."""
     teams = folder / "teams"
     teams.mkdir(exist_ok=True)
+    bound = f"filters: {{rate_limit: {{concurrency: {plan.bounded_team_calls}}}}}\n"
     for team, priority in TEAMS.items():
         digest = sha256(team_key(team).encode()).hexdigest()
         (teams / f"{team}.yaml").write_text(
             f"team: {team}\nkeys: [sha256:{digest}]\npriority: {priority}\n"
+            + (bound if team == BOUNDED_TEAM else "")
         )
     (folder / "provider.key").write_text("drill-provider-key")
     path = folder / "config.yaml"
@@ -204,7 +219,7 @@ chains:
       priority_queue, retry]
     attempt: [circuit_breaker, timeout, upstream_limits, sign]
 
-# No limit is so near that a call would be refused, but every call takes and gives back.
+# Every call takes and gives back. None is refused, but by a bound in its team's file.
 filters:
   rate_limit: {{requests_per_second: 5000, concurrency: 2000}}
   token_budget: {{tokens_per_minute: 100000000}}

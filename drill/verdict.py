@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from drill.callers import GRACE_S, Ending
 from drill.evidence import Evidence
-from drill.plan import TEAMS
+from drill.plan import BOUNDED_TEAM, TEAMS
 
 ANSWERED_SHARE = 0.995
 AFTERMATH_S = 5.0
 """After the outage, until those who waited are served."""
 LATE_S = 0.25
 """Callers whose 99th percentile starts later than that do not make the load they say."""
+LET_GO_S = 0.5
+"""After a caller left, until no provider works for it: milliseconds, but all share the cores."""
 CLOCKS_S = 0.02
 """The providers' clock is that of the event loop, which stands still while the loop works."""
 
@@ -33,6 +35,8 @@ def checks(evidence: Evidence) -> Iterator[Check]:
     yield from _leftovers(evidence)
     yield _breaker(evidence)
     yield from _answers(evidence)
+    yield _leavers(evidence)
+    yield _refusals(evidence)
     yield from _retries(evidence)
     yield _load(evidence)
 
@@ -94,10 +98,14 @@ def _settlement(evidence: Evidence) -> Iterator[Check]:
     made = int(figures.total("llm_sidecar_budget_reservations"))
     ended = figures.by("llm_sidecar_budget_settlements", "source")
     words = ", ".join(f"{int(number)} {source}" for (source,), number in sorted(ended.items()))
+    refused = sum(call.is_refused for call in evidence.calls)
+    left_early = sum(call.left_early for call in evidence.calls)
+    most = len(evidence.calls) - refused
     yield Check(
         "each reservation was settled once",
         f"{made} reservations; {words}",
-        made == sum(ended.values()) == len(evidence.calls),
+        # Who left early may have done so before anything was reserved.
+        made == sum(ended.values()) and most - left_early <= made <= most,
     )
 
 
@@ -145,12 +153,15 @@ def _breaker(evidence: Evidence) -> Check:
 def _healthy(evidence: Evidence) -> tuple[int, int]:
     """Calls for which a healthy target existed within their deadline, and those answered in full.
 
-    Not those that the provider broke off after the first byte, which nobody may try again, nor
-    those of the falling provider whose whole deadline lay in its absence.
+    Not those whose caller left or that their team's limit refused, nor those that the provider
+    broke off after the first byte, which nobody may try again, nor those of the falling provider
+    whose whole deadline lay in its absence.
     """
     gone_at, back_at = evidence.outage
     asked = full = 0
     for call in evidence.calls:
+        if call.ending is Ending.LEFT or call.is_refused:
+            continue
         if any(attempt.broke for attempt in evidence.attempts(call)):
             continue
         gives_up_at = call.sent_at + evidence.plan.deadline_s
@@ -182,6 +193,44 @@ def _answers(evidence: Evidence) -> Iterator[Check]:
         "no call hung past its deadline",
         f"the longest took {longest_s:.1f} of {allowed_s:g} s",
         longest_s <= allowed_s,
+    )
+
+
+def _leavers(evidence: Evidence) -> Check:
+    left = [call for call in evidence.calls if call.ending is Ending.LEFT]
+    early = sum(call.left_early for call in left)
+    longest_s = max(
+        (each.finished_at - call.done_at for call in left for each in evidence.attempts(call)),
+        default=0.0,
+    )
+    return Check(
+        "no provider works on for a caller who left",
+        f"{early} left before the first byte, {len(left) - early} in mid-stream; "
+        f"let go after {max(0.0, longest_s) * 1e3:.1f} ms at most",
+        0 < early < len(left) and longest_s <= LET_GO_S,
+    )
+
+
+def _refusals(evidence: Evidence) -> Check:
+    refused = [call for call in evidence.calls if call.is_refused]
+    clear = sum(
+        call.team == BOUNDED_TEAM
+        and call.ending is Ending.ERROR
+        and call.status == 429
+        and call.retry_after.isdecimal()
+        and not evidence.attempts(call)
+        for call in refused
+    )
+    limited = evidence.figures.by("llm_sidecar_limited", "team", "rule")
+    counted = int(limited.pop((BOUNDED_TEAM, "concurrency"), 0))
+    others = int(sum(limited.values()))
+    left_early = sum(call.left_early for call in evidence.calls)
+    return Check(
+        f"the limit of {BOUNDED_TEAM} refused calls, clearly, and no other limit did",
+        f"{len(refused)} refused, {clear} of them 429 with Retry-After and not sent on; "
+        f"{counted} counted, of others {others}",
+        # Who left early may have been refused and gone before being told.
+        0 < len(refused) == clear <= counted <= clear + left_early and not others,
     )
 
 
@@ -270,7 +319,7 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, str]]:
     codes = Counter(
         f"{call.status} {call.code or '(cut off)'}"
         for call in calls
-        if call.ending is not Ending.FULL
+        if call.ending not in (Ending.FULL, Ending.LEFT)
     )
     yield "what others got", ", ".join(f"{code}: {n}" for code, n in codes.most_common(12))
     lines = Counter(line["event"] for line in evidence.log)

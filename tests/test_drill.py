@@ -6,13 +6,14 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from drill.callers import CallRecord, Ending, judge
 from drill.evidence import Evidence, Figures, Leftovers
-from drill.plan import KINDS, SHORT, TEAMS, Kind
+from drill.plan import BOUNDED_TEAM, KINDS, SHORT, TEAMS, Kind
 from drill.providers import Attempt, Ledger
 from drill.verdict import checks, report
 from sidecar.metrics import Metrics
@@ -93,11 +94,23 @@ def test_answer_is_judged_as_an_sdk_of_its_dialect_would(
     assert call.ending is ending
 
 
+def test_refusal_of_a_limit_is_known_by_its_code_and_says_when_to_try_again() -> None:
+    call = CallRecord(0, OPENAI_PLAIN, "batch", due_at=0.0)
+    error = OPENAI_ERROR.replace(b'"c"', b'"concurrency_limited"')
+    judge(
+        call, JSON.replace(b"\r\n\r\n", b"\r\nRetry-After: 1\r\n\r\n") % 429 + error, is_whole=True
+    )
+    assert (call.ending, call.is_refused, call.retry_after) == (Ending.ERROR, True, "1")
+
+
 # The verdict
 
 
 def good_evidence() -> Evidence:
-    """A drill of one call of each kind and team, in which everything went well."""
+    """A drill of one call of each kind and team, in which everything went well.
+
+    Beside them, one caller left before the first byte, one in mid-stream, and one was refused.
+    """
     calls: list[CallRecord] = []
     ledger = Ledger()
     tokens: Counter[tuple[str, str]] = Counter()
@@ -118,9 +131,29 @@ def good_evidence() -> Evidence:
                 settled.child(team, direction, "reported").inc(amount)
                 counted.child(label, direction).inc(amount)
                 tokens[team, direction] += amount
+    early = CallRecord(len(calls), OPENAI_PLAIN, "search", due_at=0.0, sent_at=1.0, done_at=1.3)
+    ledger.attempts[early.number] = [attempt(1.1, None)]
+    midway = CallRecord(early.number + 1, ANTHROPIC_STREAM, "search", due_at=0.0, sent_at=1.0)
+    midway.first_byte_at, midway.done_at = 1.5, 1.6
+    ledger.attempts[midway.number] = [attempt(1.4, Told(1, 5, 1))]
+    for name, amount in (("input", 5), ("output", 1)):
+        settled.child("search", name, "reported").inc(amount)
+        counted.child("claude-flaky-*", name).inc(amount)
+    for call in (early, midway):
+        call.ending = Ending.LEFT
+        last = ledger.attempts[call.number][-1]
+        last.is_answered, last.is_left = False, True
+        calls.append(call)
     metrics.counter("llm_sidecar_budget_reservations", "", ("team",)).child("all").inc(len(calls))
     settlements = metrics.counter("llm_sidecar_budget_settlements", "", ("team", "source"))
     settlements.child("all", "reported").inc(len(calls))
+    refused = CallRecord(len(calls), OPENAI_PLAIN, BOUNDED_TEAM, due_at=0.0, sent_at=1.0)
+    refused.first_byte_at = refused.done_at = 1.1
+    refused.ending, refused.status = Ending.ERROR, 429
+    refused.code, refused.retry_after = "concurrency_limited", "1"
+    calls.append(refused)
+    limited = metrics.counter("llm_sidecar_limited", "", ("team", "rule"))
+    limited.child(BOUNDED_TEAM, "concurrency").inc()
     changes = metrics.counter("llm_sidecar_circuit_transitions", "", ("upstream", "to"))
     changes.child("openai-falling", "open").inc()
     changes.child("openai-falling", "closed").inc()
@@ -158,7 +191,7 @@ def test_drill_without_a_fault_passes() -> None:
     evidence = good_evidence()
     found = list(checks(evidence))
     assert [check for check in found if not check.holds] == []
-    assert report(evidence, found).splitlines()[-1].startswith("drill passed: 24 calls")
+    assert report(evidence, found).splitlines()[-1].startswith("drill passed: 27 calls")
 
 
 def _settle_twice(evidence: Evidence) -> None:
@@ -216,6 +249,83 @@ def _dawdle(evidence: Evidence) -> None:
     evidence.calls[0].due_at = evidence.calls[0].sent_at - 1.0
 
 
+def _only(evidence: Evidence, ending: Ending, *, early: bool = False) -> CallRecord:
+    (call,) = (c for c in evidence.calls if c.ending is ending and c.left_early is early)
+    return call
+
+
+def _reserve_for_nobody(evidence: Evidence) -> None:
+    evidence.calls.remove(_only(evidence, Ending.LEFT, early=True))
+
+
+def _reserve_for_refused(evidence: Evidence) -> None:
+    _only(evidence, Ending.LEFT, early=True).code = "concurrency_limited"
+
+
+def _forget_what_a_leaver_was_told(evidence: Evidence) -> None:
+    call = _only(evidence, Ending.LEFT)
+    evidence.ledger.attempts[call.number] = [attempt(1.4, Told(9, 5, 6))]
+
+
+def _work_on(evidence: Evidence) -> None:
+    call = _only(evidence, Ending.LEFT, early=True)
+    evidence.ledger.attempts[call.number][-1].finished_at = call.done_at + 1.0
+
+
+def _try_for_a_leaver(evidence: Evidence) -> None:
+    call = _only(evidence, Ending.LEFT, early=True)
+    evidence.ledger.attempts[call.number].append(attempt(call.done_at + 1.0, None))
+
+
+def _stay_early(evidence: Evidence) -> None:
+    _only(evidence, Ending.LEFT, early=True).ending = Ending.ERROR
+
+
+def _stay_midway(evidence: Evidence) -> None:
+    _only(evidence, Ending.LEFT).ending = Ending.BROKEN
+
+
+def _refuse_nobody(evidence: Evidence) -> None:
+    evidence.calls.remove(_only(evidence, Ending.ERROR))
+
+
+def _refuse_another_team(evidence: Evidence) -> None:
+    _only(evidence, Ending.ERROR).team = "search"
+
+
+def _refuse_for_good(evidence: Evidence) -> None:
+    _only(evidence, Ending.ERROR).retry_after = ""
+
+
+def _refuse_and_send_on(evidence: Evidence) -> None:
+    number = _only(evidence, Ending.ERROR).number
+    evidence.ledger.attempts[number] = [attempt(1.05, None)]
+
+
+def _count(evidence: Evidence, team: str, rule: str, number: int) -> None:
+    metrics = Metrics()
+    limited = metrics.counter("llm_sidecar_limited", "", ("team", "rule"))
+    limited.child(team, rule).inc(number)
+    evidence.figures = Figures(metrics.snapshot())
+
+
+def _refuse_uncounted(evidence: Evidence) -> None:
+    _count(evidence, BOUNDED_TEAM, "concurrency", 0)
+
+
+def _count_refusals_nobody_saw(evidence: Evidence) -> None:
+    _count(evidence, BOUNDED_TEAM, "concurrency", 3)
+
+
+def _limit_otherwise(evidence: Evidence) -> None:
+    limited = evidence.figures.by("llm_sidecar_limited", "team", "rule")
+    metrics = Metrics()
+    counter = metrics.counter("llm_sidecar_limited", "", ("team", "rule"))
+    for (team, rule), number in [*limited.items(), (("search", "tokens_per_minute"), 1)]:
+        counter.child(team, rule).inc(number)
+    evidence.figures = Figures(metrics.snapshot())
+
+
 @pytest.mark.parametrize(
     ("fault", "promise"),
     [
@@ -232,6 +342,20 @@ def _dawdle(evidence: Evidence) -> None:
         (_begin_twice, "nothing was tried again after its first byte"),
         (_make_up, "every answer is in the provider's books"),
         (_dawdle, "the callers held their rate"),
+        (_reserve_for_nobody, "each reservation was settled once"),
+        (_reserve_for_refused, "each reservation was settled once"),
+        (_forget_what_a_leaver_was_told, "settled usage of search"),
+        (_work_on, "no provider works on for a caller who left"),
+        (_try_for_a_leaver, "no provider works on for a caller who left"),
+        (_stay_early, "no provider works on for a caller who left"),
+        (_stay_midway, "no provider works on for a caller who left"),
+        (_refuse_nobody, "the limit of batch refused calls"),
+        (_refuse_another_team, "the limit of batch refused calls"),
+        (_refuse_for_good, "the limit of batch refused calls"),
+        (_refuse_and_send_on, "the limit of batch refused calls"),
+        (_refuse_uncounted, "the limit of batch refused calls"),
+        (_count_refusals_nobody_saw, "the limit of batch refused calls"),
+        (_limit_otherwise, "the limit of batch refused calls"),
     ],
 )
 def test_verdict_names_the_promise_that_a_fault_breaks(
@@ -256,6 +380,23 @@ def test_calls_that_nobody_could_answer_are_not_asked_for() -> None:
     (check,) = (each for each in checks(evidence) if each.promise.startswith("at least"))
     assert check.holds
     assert check.figures == "11 of 11, 100.000%"
+
+
+def test_who_left_or_was_refused_is_counted_and_not_asked_for() -> None:
+    evidence = good_evidence()
+    figures = {check.promise: check.figures for check in checks(evidence)}
+    (answered,) = (text for promise, text in figures.items() if promise.startswith("at least"))
+    (left,) = (text for promise, text in figures.items() if "who left" in promise)
+    (refused,) = (text for promise, text in figures.items() if "the limit of" in promise)
+    assert answered == "24 of 24, 100.000%"
+    assert left.startswith("1 left before the first byte, 1 in mid-stream")
+    assert refused.startswith("1 refused, 1 of them 429 with Retry-After")
+
+
+def test_who_left_early_need_not_have_been_seen() -> None:
+    evidence = good_evidence()
+    evidence.calls.append(replace(_only(evidence, Ending.LEFT, early=True), number=99))
+    assert [check for check in checks(evidence) if not check.holds] == []
 
 
 def test_broken_stream_that_told_its_usage_is_settled_with_what_it_told() -> None:

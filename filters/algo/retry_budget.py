@@ -14,6 +14,9 @@ KEPT_S = 10.0
 """What is not used fades with this time constant: an hour without failures does not pay for a
 storm of a minute."""
 
+MOMENT_S = 0.05
+"""What comes within it counts as of its beginning: nearly every first try, and so a little less."""
+
 
 class RetryBudget:
     """A bucket of retries: each first try adds `share`, each retry takes one.
@@ -33,7 +36,8 @@ class RetryBudget:
 
     def deposit(self, now: float) -> None:
         """A first try."""
-        self._pass_time(now)
+        if now - self._at > MOMENT_S:
+            self._pass_time(now)
         self._held += self._share
 
     def take(self, now: float) -> bool:
