@@ -255,8 +255,8 @@ def _draw(chance: Random, number: int, due_at: float) -> CallRecord:
     (kind,) = chance.choices(kinds, [kind.share for kind in kinds])
     call = CallRecord(number, kind, chance.choice([*TEAMS]), due_at)
     if leaves_early:
-        # Half of them in a sixteenth of the time: it is then that limits are asked.
-        call.leaves_after_s = LEAVES_WITHIN_S * chance.random() ** 4
+        # Half of them in a sixty-fourth of the time: it is then that limits are asked.
+        call.leaves_after_s = LEAVES_WITHIN_S * chance.random() ** 6
     elif leaves_midway:
         call.leaves_after_pieces = chance.randint(1, LEAVES_WITHIN_PIECES)
     return call

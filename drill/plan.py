@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def bounded_team_calls(self) -> int:
-        """Calls at once of the bounded team, in all sidecars together: in bad moments it has more."""
+        """Calls at once of the bounded team, in all sidecars: in bad moments it has more."""
         return max(1, round(self.rate * 0.12))
 
     @property
