@@ -85,6 +85,7 @@ class Outgoing:
 
     upload = None
     method = "POST"
+    key_gate = None
 
     def __init__(self, upstream: Any, body: bytes) -> None:
         self.upstream = upstream
