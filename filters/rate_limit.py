@@ -112,7 +112,8 @@ class RateLimit(CallFilter):
     def __init__(self, config: Config, kit: Kit) -> None:
         super().__init__(config, kit)
         self._rules = list(_rules(config))
-        if not self._rules:
+        self.is_idle = not self._rules
+        if self.is_idle:
             return
         self._limits = open_limits(kit, config.when_store_is_down)
         self._read = NameReader(kit.team, [each for rule in self._rules for each in rule.per])
@@ -126,8 +127,6 @@ class RateLimit(CallFilter):
         )
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        if not self._rules:
-            return call_next(call)
         plan = self._plan or self._plan_of(call)
         meter = plan.meter
         if not isinstance(meter, MemoryMeter):

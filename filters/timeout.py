@@ -54,6 +54,7 @@ class Timeout(AttemptFilter):
         self._by_model = ByModel(
             {name: each.model_dump(exclude_none=True) for name, each in config.models.items()}
         )
+        self.is_idle = not (self._own or config.models)
         self._kept: dict[tuple[str, str | None], tuple[Timeouts, Timeouts]] = {}
         """By upstream and model: what the attempt came with, and what it gets instead."""
 

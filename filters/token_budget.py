@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import NonNegativeInt, PositiveInt
 
 from filters.algo.counted import NameReader, Names, Per, key_of, words_of
-from filters.algo.estimate import bounds_output, estimate_input, estimate_output, takes_tokens
+from filters.algo.estimate import bounds_output, estimate, takes_tokens
 from filters.algo.served import may_have_served
 from filters.stores.limits import Grant, MemoryMeter, Meter, Refusal, Rule, WhenDown, open_limits
 from sidecar.api import (
@@ -76,7 +76,8 @@ class TokenBudget(CallFilter):
             for name, (has_input, has_output, word) in KINDS.items()
             if (limit := getattr(config, name)) is not None
         ]
-        if not self._budgets:
+        self.is_idle = not self._budgets
+        if self.is_idle:
             return
         self._output_reserve = config.output_reserve
         self._limits = open_limits(kit, config.when_store_is_down)
@@ -109,11 +110,10 @@ class TokenBudget(CallFilter):
         self._refunds: Counter = settled.child(kit.team, "refunded")
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        if not self._budgets or not takes_tokens(call):
+        if not takes_tokens(call):
             return call_next(call)
         plan = self._plan or self._plan_of(call)
-        tokens_in = estimate_input(call)
-        tokens_out = estimate_output(call, self._output_reserve)
+        tokens_in, tokens_out = estimate(call, self._output_reserve)
         amounts = []
         for limit, has_input, has_output, name, words in self._budgets:
             if tokens_in > limit and has_input:

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from filters.algo.allowance import FRESH_S, Allowance, read
-from filters.algo.estimate import estimate_input, estimate_output, takes_tokens
+from filters.algo.estimate import estimate, takes_tokens
 from filters.algo.http_time import retry_after_s, unix_time
 from filters.algo.served import may_have_served, was_sent
 from filters.stores.learned import MAX_ALLOWANCES, Learned
@@ -91,6 +91,7 @@ class UpstreamLimits(AttemptFilter):
             name: Place(name, settings, config.when_store_is_down, kit)
             for name, settings in kit.upstreams.items()
         }
+        self.is_idle = not self._places
         self._max_wait_s = config.max_wait_s
         self._clock = kit.clock
 
@@ -277,7 +278,7 @@ class Passage:
     def _go(self, allowance: Allowance) -> float:
         """Go out by what was learned, or say how long to wait."""
         if allowance.knows_tokens and takes_tokens(self.call):
-            self._tokens = (estimate_input(self.call), estimate_output(self.call, 0))
+            self._tokens = estimate(self.call, 0)
         wait_s, kind = allowance.wait_s(self.place.clock.monotonic(), *self._tokens)
         if wait_s:
             self._no_room_in(f"learned-{kind}", wait_s)
@@ -292,7 +293,7 @@ class Passage:
         if (limit := place.tokens_limit) is not None:
             amount = 0
             if takes_tokens(self.call):
-                amount = estimate_input(self.call) + estimate_output(self.call, OUTPUT_RESERVE)
+                amount = sum(estimate(self.call, OUTPUT_RESERVE))
             amounts = (*amounts, min(amount, limit))
         meter = place.meter or place.meter_of(self._model, key)
         if isinstance(meter, MemoryMeter):

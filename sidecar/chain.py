@@ -70,17 +70,17 @@ def _sorted(keys: Iterable[Key[Any]]) -> list[Key[Any]]:
 
 
 def link_call(filters: Iterable[CallFilter], last: CallNext) -> CallNext:
-    """One function that runs `filters` in their order around `last`."""
+    """One function that runs `filters` in their order around `last`; idle ones are left out."""
     chain = last
-    for each in reversed(list(filters)):
+    for each in reversed([each for each in filters if not each.is_idle]):
         chain = _link(each.handle, chain)
     return chain
 
 
 def link_attempt(filters: Iterable[AttemptFilter], last: AttemptNext) -> AttemptNext:
-    """One function that runs `filters` in their order around `last`."""
+    """One function that runs `filters` in their order around `last`; idle ones are left out."""
     chain = last
-    for each in reversed(list(filters)):
+    for each in reversed([each for each in filters if not each.is_idle]):
         chain = _link(each.handle, chain)
     return chain
 

@@ -174,6 +174,9 @@ class Filter:
     must_be_last: ClassVar[bool] = False
     """Nothing may stand behind it in its chain; checked at load."""
 
+    is_idle = False
+    """Set by a filter whose settings leave it nothing to do: calls go past it, for nothing."""
+
     def __init__(self, config: Any, kit: Kit) -> None:
         self.config = config
         self.kit = kit

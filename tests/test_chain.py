@@ -97,6 +97,18 @@ async def test_call_filters_stand_around_attempt_filters_each_in_their_order() -
     assert seen == [f"{each} in" for each in order] + [f"{each} out" for each in reversed(order)]
 
 
+@pytest.mark.parametrize("kind", [CallFilter, AttemptFilter])
+async def test_calls_go_past_a_filter_that_has_nothing_to_do(kind: type[Filter]) -> None:
+    seen: list[str] = []
+
+    class Idle(recorder(kind, "idle", seen)):  # type: ignore[misc]
+        is_idle = True
+
+    async with Harness(Idle, recorder(kind, "busy", seen)) as harness:
+        await harness.run()
+    assert seen == ["busy in", "busy out"]
+
+
 async def test_chain_of_nobody_is_its_end() -> None:
     reply = Reply.of(200, b"")
 

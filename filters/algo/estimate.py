@@ -28,7 +28,7 @@ OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 MOST_OUTPUT = 10_000_000
 """No answer has more, whatever its caller allows: sums stay figures that mean something."""
 
-_ESTIMATE: Key[int] = Key("input_estimate")
+_ESTIMATE: Key[tuple[int, int, int]] = Key("token_estimate")
 
 _ESCAPE_BYTES = 6  # \uXXXX
 _SEARCHED_BYTES = 2048
@@ -55,42 +55,50 @@ def takes_tokens(call: Call) -> bool:
     return call.endpoint.name not in NO_TOKENS and bool(call.body or call.upload is not None)
 
 
-def estimate_input(call: Call) -> int:
-    """Tokens that the request will take as input; of a long one made out once for each call.
+def estimate(call: Call, reserve: int) -> tuple[int, int]:
+    """Tokens that the request will take as input, and that the answer may have: what the caller
+    allows, or `reserve`, for each choice. Made out once for each call.
 
     Of a body that streams through, which is no JSON, nothing is known: 0.
     """
-    body = call.body
-    if not body:
-        return 0
-    if len(body) < _SEARCHED_BYTES:  # made out as quickly as remembered
-        if b"\\" not in body and body.isascii():
-            return int(len(body) / ASCII_PER_TOKEN) or 1
-        return tokens_of(body)
     known = call.get(_ESTIMATE)
     if known is None:
-        known = call[_ESTIMATE] = tokens_of(body)
-    return known
+        known = call[_ESTIMATE] = _estimate(call)
+    tokens_in, bound, choices = known
+    tokens_out = (bound or reserve) * choices
+    return tokens_in, tokens_out if tokens_out < MOST_OUTPUT else MOST_OUTPUT
+
+
+def estimate_input(call: Call) -> int:
+    """The first of `estimate`."""
+    return estimate(call, 0)[0]
 
 
 def estimate_output(call: Call, reserve: int) -> int:
-    """Tokens that the answer may have: what the caller allows, or `reserve`, for each choice.
+    """The second of `estimate`."""
+    return estimate(call, reserve)[1]
 
-    Source of the fields: the API references of OpenAI and Anthropic.
-    """
-    endpoint = call.endpoint
+
+def _estimate(call: Call) -> tuple[int, int, int]:
+    """Tokens of the input, those that the caller allows for an answer (0: it does not say), and how
+    many answers it wants. Source of the fields: the API references of OpenAI and Anthropic."""
+    body, endpoint = call.body, call.endpoint
+    if not body:
+        tokens_in = 0
+    elif len(body) < _SEARCHED_BYTES and b"\\" not in body and body.isascii():
+        tokens_in = int(len(body) / ASCII_PER_TOKEN) or 1
+    else:
+        tokens_in = tokens_of(body)
     if endpoint.name in NO_OUTPUT:
-        return 0
+        return tokens_in, 0, 0
     if not endpoint.has_model:  # whatever it is
-        return reserve
+        return tokens_in, 0, 1
     try:
         fields = call.json  # there since the model was looked for
     except Rejected:  # no JSON object
-        return reserve
-    most = _bound(fields) or reserve
-    if "n" in fields and type(fields["n"]) is int and fields["n"] > 1:
-        most *= fields["n"]
-    return min(most, MOST_OUTPUT)
+        return tokens_in, 0, 1
+    choices = fields.get("n")
+    return tokens_in, _bound(fields), choices if type(choices) is int and choices > 1 else 1
 
 
 def bounds_output(call: Call) -> bool:

@@ -36,8 +36,7 @@ async def test_without_a_limit_every_call_passes_untouched() -> None:
     async with limited({}) as harness:
         (each,) = harness.filters
         assert isinstance(each, RateLimit)
-        passed = object()
-        assert each.handle(harness.call(), lambda call: passed) is passed  # type: ignore[arg-type, return-value]
+        assert each.is_idle
         assert await statuses(harness, 3) == [200] * 3
         assert len(harness.resources) == 0
 
