@@ -18,6 +18,8 @@ from filters.algo.reset_time import reset_wait_s
 from filters.algo.retry_budget import RetryBudget
 from filters.algo.retry_rules import PROVIDERS, Provider, Rules, Verdict, provider_of
 from sidecar.api import (
+    REPEATABLE_METHODS,
+    TIMEOUT_HEADER,
     Call,
     CallFilter,
     CallNext,
@@ -49,14 +51,12 @@ SHORTEST_HOLD_S = 0.01
 SLOWER_BY = 4.0
 """For a window that is longer than usual, the backoff starts so much higher."""
 
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 IDEMPOTENCY_KEY = "idempotency-key"
 
 UNKNOWN = frozenset({"pass_through", "other"})
 """Endpoints of which nobody knows what they do."""
 
 SDK_RETRY_HEADER = "x-stainless-retry-count"
-DEADLINE_HEADER = "x-request-timeout"
 SHOULD_RETRY = "x-should-retry"
 """What the SDKs of OpenAI and Anthropic send, and obey."""
 
@@ -315,7 +315,7 @@ class RetryCalls(CallFilter):
         if wait_s >= call.time_left(self._clock.monotonic()):
             return Denied.DEADLINE
         # What an SDK says of its patience, ten minutes by default, is no wish to wait so long.
-        is_wanted = DEADLINE_HEADER in call.headers
+        is_wanted = TIMEOUT_HEADER in call.headers
         if asked_s > max_s or (course.kept_back_s + asked_s > max_s and not is_wanted):
             return Denied.HINT
         course.kept_back_s += asked_s
@@ -346,6 +346,6 @@ class RetryCalls(CallFilter):
 def _may_repeat(call: Call) -> bool:
     """Whether a request that may have been worked on can be sent again. A call for a model can, but
     what we do not know may begin something, such as a batch. Source: RFC 9110, 9.2.2."""
-    if call.endpoint.name not in UNKNOWN or call.method in IDEMPOTENT:
+    if call.endpoint.name not in UNKNOWN or call.method in REPEATABLE_METHODS:
         return True
     return IDEMPOTENCY_KEY in call.headers

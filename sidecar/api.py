@@ -4,6 +4,8 @@ from sidecar.addresses import is_forbidden, literal
 from sidecar.call import (
     COMPLETED,
     LOST_USAGE,
+    REPEATABLE_METHODS,
+    TIMEOUT_HEADER,
     USAGE,
     Attempt,
     Call,
@@ -53,7 +55,9 @@ from sidecar.team import Team
 __all__ = [
     "COMPLETED",
     "LOST_USAGE",
+    "REPEATABLE_METHODS",
     "SHORT_SECONDS",
+    "TIMEOUT_HEADER",
     "USAGE",
     "Attempt",
     "AttemptFilter",

@@ -46,6 +46,8 @@ SDK_TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """How long the official SDKs of OpenAI and Anthropic wait for the first byte, in seconds."""
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?").fullmatch
 
+REPEATABLE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+"""Idempotent ones (RFC 9110, 9.2.2): what they ask for may be asked for again, answered or not."""
 BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "TRACE"})
 """A request by these says nothing of its body when it has none."""
 
@@ -520,6 +522,8 @@ async def within_deadline(call: Call, now: float) -> AsyncIterator[None]:
     if left_s == inf:
         yield
         return
+    if left_s <= 0:  # before a timer would ring, something could go out
+        raise deadline_exceeded()
     try:
         async with asyncio.timeout(left_s) as limit:
             yield

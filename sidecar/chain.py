@@ -71,17 +71,18 @@ def _sorted(keys: Iterable[Key[Any]]) -> list[Key[Any]]:
 
 def link_call(filters: Iterable[CallFilter], last: CallNext) -> CallNext:
     """One function that runs `filters` in their order around `last`; idle ones are left out."""
-    chain = last
-    for each in reversed([each for each in filters if not each.is_idle]):
-        chain = _link(each.handle, chain)
-    return chain
+    return _run_through(filters, last)  # type: ignore[no-any-return]
 
 
 def link_attempt(filters: Iterable[AttemptFilter], last: AttemptNext) -> AttemptNext:
     """One function that runs `filters` in their order around `last`; idle ones are left out."""
+    return _run_through(filters, last)  # type: ignore[no-any-return]
+
+
+def _run_through(filters: Iterable[Filter], last: Any) -> Any:
     chain = last
     for each in reversed([each for each in filters if not each.is_idle]):
-        chain = _link(each.handle, chain)
+        chain = _link(each.handle, chain)  # type: ignore[attr-defined]  # of both kinds
     return chain
 
 

@@ -74,11 +74,6 @@ def estimate_input(call: Call) -> int:
     return estimate(call, 0)[0]
 
 
-def estimate_output(call: Call, reserve: int) -> int:
-    """The second of `estimate`."""
-    return estimate(call, reserve)[1]
-
-
 def _estimate(call: Call) -> tuple[int, int, int]:
     """Tokens of the input, those that the caller allows for an answer (0: it does not say), and how
     many answers it wants. Source of the fields: the API references of OpenAI and Anthropic."""

@@ -7,7 +7,7 @@ whose misspelt setting is ignored passes for the wrong reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -151,7 +151,6 @@ _KNOWN: Mapping[str, tuple[str, Callable[[str], object]]] = {
     "continue": ("early_hints", _flag),
     "text": ("text", str),
 }
-_FIELD_NAMES = tuple(field.name for field in fields(Settings))
 
 #: Settings as given, before defaults: pairs of field and value, hashable.
 Given = tuple[tuple[str, object], ...]

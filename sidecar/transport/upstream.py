@@ -16,7 +16,7 @@ from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the
     proxy_bypass_environment,
 )
 
-from sidecar.call import Attempt, Timeouts, deadline_exceeded
+from sidecar.call import REPEATABLE_METHODS, Attempt, Timeouts, within_deadline
 from sidecar.config.schema import TlsSettings, UpstreamSettings
 from sidecar.config.secret import Secret
 from sidecar.dialects import DIALECTS, Dialect
@@ -27,9 +27,6 @@ from sidecar.sse import EventTooLarge
 from sidecar.transport.connect import Connector, Origin, Proxy, Resolver
 from sidecar.transport.connection import NoAnswer, Unsent
 from sidecar.transport.pool import Pool
-
-REPLAYABLE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-"""Idempotent methods (RFC 9110, 9.2.2): sent again when a kept connection closed without answer."""
 
 
 class LiveUpstream:
@@ -78,16 +75,12 @@ class LiveUpstream:
         longest_s = timeouts.connect_s + 3 * timeouts.first_byte_s
         if left_s > (longest_s if attempt.upload is None else timeouts.total_s):
             return self._send(attempt)
-        return self._send_within(attempt, left_s)
+        return self._send_within_deadline(attempt)
 
-    async def _send_within(self, attempt: Attempt, left_s: float) -> Reply:
-        if left_s <= 0:  # a timer would let the request out before it rings
-            raise deadline_exceeded()
-        try:
-            async with asyncio.timeout(left_s):
-                return await self._send(attempt)
-        except TimeoutError:
-            raise deadline_exceeded() from None
+    async def _send_within_deadline(self, attempt: Attempt) -> Reply:
+        async with within_deadline(attempt.call, monotonic()):
+            reply = await self._send(attempt)
+        return reply
 
     async def _send(self, attempt: Attempt) -> Reply:
         method, upload, timeouts = attempt.method, attempt.upload, attempt.timeouts
@@ -118,7 +111,7 @@ class LiveUpstream:
             try:
                 reply = await waiter
             except NoAnswer:
-                may_repeat = method in REPLAYABLE or "idempotency-key" in attempt.headers
+                may_repeat = method in REPEATABLE_METHODS or "idempotency-key" in attempt.headers
                 if not (is_kept and may_repeat and upload is None):
                     raise
                 may_keep = False

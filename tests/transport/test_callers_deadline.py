@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from math import inf
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -218,11 +219,14 @@ async def test_deadline_has_a_timer_only_when_it_may_come_before_the_timeouts(
         attempt = hurried(upstream, left_s, upload=upload)
     timed: list[float] = []
 
-    async def reply(self: LiveUpstream, attempt: Attempt, *left: float) -> Reply:
-        timed.extend(left)
+    async def reply(self: LiveUpstream, attempt: Attempt) -> Reply:
+        return Reply.of(200, b"")
+
+    async def reply_in_time(self: LiveUpstream, attempt: Attempt) -> Reply:
+        timed.append(attempt.call.time_left(monotonic()))
         return Reply.of(200, b"")
 
     monkeypatch.setattr(LiveUpstream, "_send", reply)
-    monkeypatch.setattr(LiveUpstream, "_send_within", reply)
+    monkeypatch.setattr(LiveUpstream, "_send_within_deadline", reply_in_time)
     await upstream.send(attempt)
     assert timed == ([pytest.approx(left_s, abs=0.5)] if expected else [])

@@ -15,8 +15,8 @@ from filters.algo.estimate import (
     MOST_OUTPUT,
     TOKENS_PER_MEDIUM,
     bounds_output,
+    estimate,
     estimate_input,
-    estimate_output,
     tokens_of,
 )
 from sidecar.dialects.endpoint import OTHER
@@ -113,7 +113,7 @@ def test_more_text_is_never_fewer_tokens(text: str, ascii_only: bool) -> None:
 async def test_the_answer_may_have_what_the_caller_allows_for_each_choice(
     fields: Any, tokens: int
 ) -> None:
-    assert estimate_output(Harness().call({"model": MODEL, **fields}), 1000) == tokens
+    assert estimate(Harness().call({"model": MODEL, **fields}), 1000)[1] == tokens
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ async def test_a_call_that_is_long_is_estimated_once() -> None:
 async def test_embeddings_have_no_output_and_an_unread_body_no_input() -> None:
     harness = Harness()
     call = harness.call({"model": MODEL, "input": "x", "max_tokens": 5}, path="/v1/embeddings")
-    assert estimate_output(call, 1000) == 0
+    assert estimate(call, 1000)[1] == 0
     call = harness.call(b"RIFF", path="/fake/v1/audio/transcriptions")
     call.body = None
-    assert (estimate_input(call), estimate_output(call, 1000)) == (0, 1000)
+    assert estimate(call, 1000) == (0, 1000)
