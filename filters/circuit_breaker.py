@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from filters.algo.circuit import MAX_WINDOW_S, SUCCESS, Refusal, Rules, Verdict
+from filters.algo.retry_rules import CALLERS_FAULT
 from filters.stores.circuits import let_go, open_circuits
 from filters.stores.memory_circuits import MemoryCircuit, MemoryCircuits, Report
 from filters.stores.rules import WhenDown
@@ -34,13 +35,7 @@ if TYPE_CHECKING:
 RATE_CODES = frozenset({"rate_limit_error", "rate_limit_exceeded"})
 """What providers call a 429, when it comes as the first event of a 200."""
 
-CALLER_CODES = frozenset(
-    {
-        *("invalid_request_error", "context_length_exceeded", "content_policy_violation"),
-        *("authentication_error", "permission_error", "billing_error", "insufficient_quota"),
-        *("not_found_error", "model_not_found", "request_too_large"),
-    }
-)
+CALLER_CODES = CALLERS_FAULT | {"content_policy_violation", "billing_error", "insufficient_quota"}
 """What they call other 4xx there."""
 
 
