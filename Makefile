@@ -39,9 +39,9 @@ drill: $(VENV)/dev.stamp ## faults for a minute: a provider that fails and falls
 lock: ## pin all dependencies again, with hashes and without addresses (needs uv)
 	printf 'hatchling==1.33.0\neditables==0.6\n' > requirements/build.in
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-header --extra redis pyproject.toml requirements/build.in -o requirements/run.txt
+	  --no-header --extra redis --extra tokens --extra bloom pyproject.toml requirements/build.in -o requirements/run.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-header --extra redis --extra dev pyproject.toml requirements/build.in -o requirements/dev.txt
+	  --no-header --extra redis --extra tokens --extra bloom --extra semantic --extra dev pyproject.toml requirements/build.in -o requirements/dev.txt
 	rm requirements/build.in
 
 clean: ## remove what was made here

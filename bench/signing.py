@@ -119,6 +119,8 @@ def _filter(name: str) -> Sign:
     values = {"scheme": name, **SETTINGS[name]}
     settings = SignSettings.variant(values).model_validate(values)
     kit = Kit(
+        data_dir=None,
+        find_model=lambda name: None,
         clock=SystemClock(),
         metrics=Metrics(),
         tasks=Tasks(),

@@ -2,18 +2,24 @@
 
 from sidecar.addresses import is_forbidden, literal
 from sidecar.call import (
+    CACHED,
     COMPLETED,
+    COST,
     LOST_USAGE,
     REPEATABLE_METHODS,
+    REPORTED,
+    SIDE_CALLS,
     TIMEOUT_HEADER,
     USAGE,
     Attempt,
     Call,
     ChatView,
+    Cost,
     End,
     Key,
     KeyGate,
     Outcome,
+    SideCall,
     Target,
     Timeouts,
     Upstream,
@@ -49,14 +55,18 @@ from sidecar.filter import (
 from sidecar.headers import Headers, field, sendable_name, sendable_value
 from sidecar.metrics import SHORT_SECONDS, Counter, Gauge, Histogram, Metrics
 from sidecar.reply import Body, Reply, Source, Transformer
-from sidecar.sse import Event
+from sidecar.sse import Decoder, Event, JsonEvent
 from sidecar.team import Team
 
 __all__ = [
+    "CACHED",
     "COMPLETED",
+    "COST",
     "LOST_USAGE",
     "REPEATABLE_METHODS",
+    "REPORTED",
     "SHORT_SECONDS",
+    "SIDE_CALLS",
     "TIMEOUT_HEADER",
     "USAGE",
     "Attempt",
@@ -69,7 +79,9 @@ __all__ = [
     "CallNext",
     "ChatView",
     "Clock",
+    "Cost",
     "Counter",
+    "Decoder",
     "End",
     "Event",
     "Fetch",
@@ -81,6 +93,7 @@ __all__ = [
     "HeaderName",
     "Headers",
     "Histogram",
+    "JsonEvent",
     "Key",
     "KeyGate",
     "Kit",
@@ -92,6 +105,7 @@ __all__ = [
     "Reply",
     "Retry",
     "Secret",
+    "SideCall",
     "Source",
     "StoreAddress",
     "Target",

@@ -14,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from hashlib import sha256
 from math import inf
@@ -473,6 +474,49 @@ class Call(Scope):
         except Rejected:  # not a JSON object: whatever it is, it asks for no stream
             return False
 
+    def fork(
+        self,
+        *,
+        call_id: str | None = None,
+        path: str | None = None,
+        endpoint: Endpoint | None = None,
+        body: bytes | None = None,
+        model: str | None = None,
+        targets: tuple[Target, ...] | None = None,
+    ) -> Call:
+        """A call of its own with the same request, but for what is given: for work that its client
+        must not end, or that is another one's.
+
+        It has its own facts, debts and bodies. Whoever forks it runs it and must `finish` it.
+        """
+        fork = Call(
+            call_id=call_id or self.id,
+            method=self.method,
+            path=path or self.path,
+            query=self.query,
+            headers=self.headers,
+            raw_headers=self.raw_headers,
+            team=self.team,
+            dialect=self.dialect,
+            endpoint=endpoint or self.endpoint,
+            received_at=self.received_at,
+            tasks=self._tasks,
+        )
+        if self._facts is not None:
+            fork._facts = dict(self._facts)
+        fork.body = self.body if body is None else body
+        fork.model = model or self.model
+        fork.label = self.label
+        fork.targets = self.targets if targets is None else targets
+        fork.target = self.target if targets is None else None
+        if self.upstream_headers is not None:
+            fork.upstream_headers = dict(self.upstream_headers)
+        fork.bytes_in = self.bytes_in
+        fork.is_kept_alive = self.is_kept_alive
+        if body is None:
+            fork._json = self._json
+        return fork
+
     @property
     def chat(self) -> ChatView:
         """The request as its dialect's typed view; raises `Rejected` (400) when it is none."""
@@ -621,13 +665,46 @@ class Usage(NamedTuple):
     cached: int = 0  # of input: read from the provider's prompt cache
     cache_write: int = 0  # of input: written to it
     reasoning: int = 0  # of output
+    cache_write_1h: int = 0  # of cache_write: to be kept for an hour
+    is_estimated: bool = False  # counted here, as the provider did not say
 
 
 USAGE: Key[Usage] = Key("usage")
-"""Tokens as the provider reported them so far; the last report of a stream counts."""
+"""Tokens as the provider reported them so far, the last report of a stream; at the end, where it
+reported none or the answer was cut, as they were counted here. Of a cached call: the answer's."""
+
+REPORTED: Key[Usage] = Key("reported")
+"""What the provider did report, where `USAGE` is counted here."""
 
 LOST_USAGE: Key[Usage] = Key("lost_usage")
 """Tokens of attempts that were given up though their upstream had them already: an estimate."""
+
+CACHED: Key[str] = Key("cached")
+"""How the call was answered without asking an upstream: `hit`, or `join` of another one's answer.
+It costs nothing. Absent for every other call."""
+
+
+class Cost(NamedTuple):
+    """Money."""
+
+    amount: Decimal
+    currency: str
+    """ISO 4217."""
+
+
+COST: Key[Cost] = Key("cost")
+"""What the call cost; absent when nobody knows, which is not zero."""
+
+
+class SideCall(NamedTuple):
+    """A further call that was made for this one: for the embedding of its prompt, say."""
+
+    target: Target
+    endpoint: str
+    usage: Usage
+
+
+SIDE_CALLS: Key[list[SideCall]] = Key("side_calls")
 
 KeyGate = Callable[[str], float | Awaitable[float]]
 """Asked by whoever chooses one of an upstream's keys, with its digest, before it is used: seconds

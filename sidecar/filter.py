@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from sidecar.call import Attempt, Call, Key
+from sidecar.call import Attempt, Call, Key, Target
 from sidecar.clock import Clock
 from sidecar.config.secret import Secret
 from sidecar.headers import sendable_name
@@ -140,6 +141,11 @@ class Kit:
     """`Upstream.scheme` and `.host` of each upstream, by name."""
     fetch: Fetch
     store: StoreAddress
+    data_dir: Path | None
+    """Where local state may be kept; None: nothing is written to disk."""
+    find_model: Callable[[str], Sequence[Target] | None]
+    """The targets of a public model name, with the model's name there; None: there is no such
+    model. To be asked from `start` on."""
     workers: int
     """Processes that serve this configuration on this machine."""
     max_connections: int

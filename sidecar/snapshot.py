@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sidecar.call import Target
@@ -193,6 +194,12 @@ class Snapshot:
             refuse=link_call(observers, _refuse),
         )
 
+    def _find_model(self, name: str) -> tuple[Target, ...] | None:
+        found = self.models.find(name)
+        if found is None:
+            return None
+        return tuple(Target(each.upstream, each.model or name) for each in found[1])
+
     async def _fetch(
         self, upstream: str, method: str, url: str, headers: Mapping[str, str], body: bytes
     ) -> Fetched:
@@ -225,6 +232,8 @@ class Snapshot:
                 origins=self._origins,
                 fetch=self._fetch,
                 store=StoreAddress(**dict(config.store)),
+                data_dir=Path(config.data_dir) if config.data_dir is not None else None,
+                find_model=self._find_model,
                 workers=self._shared.workers,
                 max_connections=sum(
                     upstream.pool.max_connections for upstream in config.upstreams.values()

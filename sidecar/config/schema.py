@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -322,6 +323,14 @@ class StoreSettings(Settings):
     """PEM bundle to trust instead of the system's, for `rediss://`."""
 
 
+def _directory(value: str | None, info: ValidationInfo) -> str | None:
+    if value is None or not isinstance(info.context, References):
+        return value
+    if not value.strip() or "\0" in value:
+        raise ValueError('write a path, such as ".sidecar" or "/var/lib/sidecar"')
+    return str((info.context.directory / Path(value).expanduser()).absolute())
+
+
 def _store(value: Any) -> Any:
     if value == "memory":
         return {}
@@ -342,6 +351,9 @@ class Config(Settings):
     store: Annotated[StoreSettings, BeforeValidator(_store)] = StoreSettings()
     """Where limits, budgets and circuits live: `memory`, or `redis://host:port/db`, which several
     processes share."""
+    data_dir: Annotated[str | None, AfterValidator(_directory)] = None
+    """Where local state is kept (what calls used, budgets, a cache on disk), relative to this
+    file; made when it is not there. null: nothing is written to disk."""
     allow_anyone: bool = False
     """Serve callers without a team key although the data port is not a loopback address."""
     team: Kebab | None = None

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -426,8 +427,11 @@ class Harness:
         store: StoreAddress = MEMORY,
         workers: int = 1,
         max_connections: int = 100,
+        data_dir: Path | None = None,
+        models: Mapping[str, tuple[Target, ...]] | None = None,
     ) -> None:
         self.max_connections = max_connections
+        self.data_dir = data_dir
         self.store = store
         self.workers = workers
         self.clock = FakeClock()
@@ -439,14 +443,15 @@ class Harness:
         self.fetcher = FakeFetcher()
         self.upstream = upstream or FakeUpstream()
         self.team = team
+        target = Target(self.upstream)
+        self.models = Models({MODEL: (target,), **(models or {})})
         self.filters = [self._make(each) for each in filters]
         self._started: list[Filter] = []
         self._count = 0
         calls = [each for each in self.filters if isinstance(each, CallFilter)]
         attempts = [each for each in self.filters if isinstance(each, AttemptFilter)]
-        target = Target(self.upstream)
         dispatch = Dispatch(
-            models=Models({MODEL: (target,)}),
+            models=self.models,
             taps_events=any(each.taps_events for each in self.filters),
             reads_beginnings=any(each.reads_beginnings for each in self.filters),
             now=self.clock.monotonic,
@@ -469,11 +474,17 @@ class Harness:
             origins={name: ("https", f"{name}.test") for name in use.upstreams},
             fetch=self.fetcher,
             store=self.store,
+            data_dir=self.data_dir,
+            find_model=self._find_model,
             workers=self.workers,
             max_connections=self.max_connections,
             resources=KitResources(self.resources, 1),
         )
         return use.filter_class(use.filter_class.Config.model_validate(dict(use.settings)), kit)
+
+    def _find_model(self, name: str) -> tuple[Target, ...] | None:
+        found = self.models.find(name)
+        return found and tuple(Target(each.upstream, each.model or name) for each in found[1])
 
     async def __aenter__(self) -> Self:
         for each in self.filters:
