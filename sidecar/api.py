@@ -24,6 +24,7 @@ from sidecar.call import (
     Timeouts,
     Upstream,
     Usage,
+    end_of,
     no_key_room,
     within_deadline,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "Upstream",
     "UpstreamError",
     "Usage",
+    "end_of",
     "field",
     "forget_frames",
     "is_forbidden",

@@ -452,10 +452,11 @@ class Call(Scope):
             self._json = parse_object(body)
         return self._json  # type: ignore[no-any-return]
 
-    def replace_json(self, value: dict[str, Any]) -> None:
-        """Send `value` to the upstream instead of the bytes that came in."""
+    def replace_json(self, value: dict[str, Any], *, body: bytes | None = None) -> None:
+        """Send `value` to the upstream instead of the bytes that came in; as `body`, when the
+        caller has it in bytes."""
         self._json = value
-        self.body = orjson.dumps(value)
+        self.body = orjson.dumps(value) if body is None else body
 
     async def hold_body(self) -> bytes:
         """The whole request body, read now if it streams; every later attempt has it, too."""
@@ -467,10 +468,10 @@ class Call(Scope):
     @property
     def is_stream(self) -> bool:
         """Whether the caller asked for a stream of events."""
-        if not self.body or b'"stream"' not in self.body:
+        if not self.body or self.dialect.stream_mark not in self.body:
             return False
         try:
-            return self.json.get("stream") is True
+            return self.dialect.asks_stream(self.headers, self.json)
         except Rejected:  # not a JSON object: whatever it is, it asks for no stream
             return False
 
@@ -520,7 +521,7 @@ class Call(Scope):
     @property
     def chat(self) -> ChatView:
         """The request as its dialect's typed view; raises `Rejected` (400) when it is none."""
-        return self.dialect.view(self.json)
+        return self.dialect.view(self.json, self.model)
 
     def close_bodies(self) -> None:
         """Abort what an upstream still sends though the call is over: a filter may have been

@@ -1,13 +1,13 @@
-"""The command line: run, check, sign, mock. What each needs is imported when it runs."""
+"""The command line: run, check, usage, sign, mock. What each needs is imported when it runs."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -115,6 +115,77 @@ def check(file: Path | None, option: Path | None) -> None:
         f"{path}: ok ({len(config.upstreams)} upstreams, {len(config.models)} models, "
         f"{len(bound.teams)} teams)"
     )
+
+
+@main.command()
+@click.option("--config", "path", type=_FILE, default="config.yaml", show_default=True)
+@click.option(
+    "--by",
+    default="team,model",
+    show_default=True,
+    help="A list of team, model, upstream, upstream_model, endpoint, key, day, hour, cached, "
+    "status.",
+)
+@click.option("--since", default="1d", show_default=True, help="Calls that ended then or later.")
+@click.option("--until", help="Calls that ended before.  [default: now]")
+@click.option("--team", help="Calls of this team alone.")
+@click.option("--model", help="Calls for this model alone, as its callers name it.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+)
+@click.option("--details", is_flag=True, help="All that is known of the tokens.")
+def usage(
+    path: Path,
+    by: str,
+    since: str,
+    until: str | None,
+    team: str | None,
+    model: str | None,
+    style: str,
+    details: bool,
+) -> None:
+    """Say what calls used and cost, from the records of the filter `ledger`.
+
+    Times are 30m, 1h, 7d (ago), or a date or time such as 2026-01-31 or 2026-01-31T08:00, which
+    is this machine's local time unless it says otherwise (2026-01-31T08:00Z). Days and hours in the
+    answer are local, too. It may be asked while the sidecar runs, and when it does not.
+
+    Calls of unknown price have rows of their own, without a cost. docs/usage.md says what each
+    column means.
+
+    \b
+    Exit codes
+      0  the answer is printed, also when no call was made
+      1  there are no records, or they cannot be read
+      2  the configuration does not load, or the command was used wrongly
+    """
+    import time
+    from importlib import import_module
+    from math import inf
+
+    reports = import_module("filters.algo.usage_report")  # by name: as `sign` does
+    now_s = time.time()
+    try:
+        names = reports.parse_by(by)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--by") from None
+    since_s = _time_or_exit(reports.parse_time, "--since", since, now_s)
+    until_s = inf if until is None else _time_or_exit(reports.parse_time, "--until", until, now_s)
+    if since_s >= min(until_s, now_s):
+        raise click.BadParameter("it must be earlier than --until", param_hint="--since")
+    query = reports.Query(names, since_s, until_s, team, model)
+    bound = _load_or_exit(path, {})
+    found = reports.report(_ledger_lines(path, bound, query), query, details=details)
+    if style == "json":
+        click.echo(reports.as_json(found))
+    elif style == "csv":
+        click.echo(reports.as_csv(found))
+    else:
+        click.echo(reports.as_table(found))
 
 
 @main.command("sign")
@@ -230,6 +301,37 @@ def mock(listen: str, script: Path | None) -> None:
         return 0
 
     sys.exit(_run(serve_mock()))
+
+
+def _time_or_exit(parse: Callable[..., float], option: str, text: str, now_s: float) -> float:
+    try:
+        return parse(text, now_s)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def _ledger_lines(path: Path, bound: Bound, query: Any) -> list[Any]:
+    """What the ledgers of the configuration hold; exits with 1 when there is none."""
+    from importlib import import_module
+
+    from sidecar.filter import StoreAddress
+
+    ledgers = import_module("filters.stores.ledger")
+    filter_class = import_module("filters.ledger").Ledger
+    config = bound.config
+    store = StoreAddress(**dict(config.store))
+    data_dir = Path(config.data_dir) if config.data_dir is not None else None
+    wheres = [
+        cast(Any, spec.config).where
+        for policy in bound.policies
+        for spec in policy.call
+        if issubclass(spec.filter_class, filter_class)
+    ]
+    try:
+        return list(ledgers.read_ledgers(wheres, store, data_dir, query))
+    except ledgers.NoLedger as error:
+        click.echo(f"{path}: {error}", err=True)
+        sys.exit(1)
 
 
 def _sign_section(path: Path, name: str) -> FilterConfig:

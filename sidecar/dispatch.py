@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import cast
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 import orjson
 
@@ -42,6 +42,8 @@ NEVER_SENT = HOP_BY_HOP | {
 CLIENT_KEYS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
 """The client's credentials are for us."""
 NEVER_SENT_NOR_KEYS = NEVER_SENT | CLIENT_KEYS
+CLIENT_KEY_PARAMETER = "access_token"
+"""The same in a query: RFC 6750, 2.3; Baidu has it so."""
 
 
 class Dispatch:
@@ -116,25 +118,40 @@ class Dispatch:
             headers.put(call.upstream_headers)
         if upstream.extra_headers:
             headers.update(upstream.extra_headers)
-        body = call.body
-        if target.model is not None and target.model != call.model and body is not None:
-            body = orjson.dumps({**call.json, "model": target.model})
+        body, model = call.body, target.model if target.model != call.model else None
+        if model is not None and body is not None and not call.endpoint.model_in_path:
+            body = orjson.dumps({**call.json, "model": model})
         if call.endpoint is PASS_THROUGH:
             path = upstream.base_path + call.path[len(upstream.name) + 1 :]
         else:
-            path = upstream.dialect.upstream_path(upstream.base_path, call.path)
+            path = upstream.dialect.upstream_path(upstream.base_path, call.path, model)
+        query = call.query
+        if query and (CLIENT_KEY_PARAMETER in query or "%" in query):
+            query = self._without_key(query, passes_key=passes_key)
         call.attempts += 1
         return Attempt(
             call,
             target,
             number=call.attempts,
-            path=f"{path or '/'}?{call.query}" if call.query else path or "/",
+            path=f"{path or '/'}?{query}" if query else path or "/",
             headers=headers,
             body=body or b"",
             upload=call.upload,
             timeouts=upstream.timeouts,
             started_at=self._now(),
         )
+
+    def _without_key(self, query: str, *, passes_key: bool) -> str:
+        """The query without the client's credentials: all of them, or those that are a team's."""
+        kept = []
+        for field in query.split("&"):
+            name, _, value = field.partition("=")
+            if unquote_plus(name) == CLIENT_KEY_PARAMETER and not (
+                passes_key and digest(unquote_plus(value)) not in self._team_keys
+            ):
+                continue
+            kept.append(field)
+        return "&".join(kept)
 
     def _is_ours(self, name: bytes, value: bytes) -> bool:
         """Whether this is a team's key, which is no provider's business."""

@@ -37,7 +37,7 @@ from sidecar.call import (
     refuse_second_model,
 )
 from sidecar.config.schema import HttpSettings
-from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI, Dialect, Endpoint
+from sidecar.dialects import ANTHROPIC, ENDPOINTS, OPENAI, Dialect, Endpoint, find_endpoint
 from sidecar.dialects.endpoint import MODELS, OTHER, PASS_THROUGH
 from sidecar.errors import CallError, Rejected, UpstreamError
 from sidecar.headers import Headers, lines
@@ -409,6 +409,8 @@ class Edge:
         upstream = serving.upstreams.get(first)
         if upstream is not None:
             return upstream.dialect, PASS_THROUGH, upstream
+        if (found := find_endpoint(path)) is not None:
+            return *found, None
         dialect = ANTHROPIC if "anthropic-version" in headers else OPENAI
         if path == "/v1/models" or path.startswith("/v1/models/"):
             return dialect, MODELS, None
@@ -503,7 +505,9 @@ class Edge:
             text = "a compressed request body cannot be routed by its model: send it plain"
             raise Rejected(415, "unsupported_encoding", text)
         model = call.json.get("model")
-        if not isinstance(model, str) or not model:
+        if call.endpoint.model_in_path:
+            model = call.path.rpartition("/")[2]
+        elif not isinstance(model, str) or not model:
             raise Rejected(400, "model_required", 'the request body must name a "model"')
         call.model = model
         found = serving.models.find(model)

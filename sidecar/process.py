@@ -84,7 +84,7 @@ def banner(config: Config, address: str, admin: str | None) -> str:
         where = f"http://{address}"
     for name, model in config.models.items():
         upstream = config.upstreams.get(model.targets[0].upstream)
-        if upstream is None or is_pattern(name):
+        if upstream is None or upstream.dialect not in ("openai", "anthropic") or is_pattern(name):
             continue
         is_openai = upstream.dialect == "openai"
         endpoint = "/v1/chat/completions" if is_openai else "/v1/messages"

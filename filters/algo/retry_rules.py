@@ -245,4 +245,6 @@ def provider_of(host: str, dialect: str) -> Provider:
     for pattern, provider in HOSTS:
         if fnmatchcase(name, pattern):
             return provider
+    if dialect == "qianfan":  # its first version, whose words the second one does not share
+        return "qianfan_v1"
     return next((each for each in PROVIDERS if each == dialect), "none")

@@ -193,7 +193,7 @@ class UpstreamSettings(Settings):
 
     model_config = ConfigDict(extra="allow")
 
-    dialect: Literal["openai", "anthropic"]
+    dialect: Literal["openai", "anthropic", "dashscope", "qianfan"]
     """What it speaks."""
     base_url: Annotated[str, AfterValidator(_base_url)]
     """What its SDK would be given: with `/v1` for OpenAI-like providers, without for Anthropic.
@@ -258,8 +258,8 @@ class ChainSettings(Settings):
     """The filters of a call, in the order in which they run."""
 
     call: list[FilterUse] = [
-        *("request_id", "metrics", "access_log", "rate_limit", "token_budget", "priority_queue"),
-        *("token_counter", "retry"),
+        *("request_id", "metrics", "access_log", "ledger", "rate_limit", "token_budget", "cost"),
+        *("budget", "token_counter", "cache", "priority_queue", "retry"),
     ]
     attempt: list[FilterUse] = ["circuit_breaker", "timeout", "upstream_limits", "sign"]
 

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from sidecar.call import ChatView, Usage
+from sidecar.dialects import dashscope, qianfan
 from sidecar.dialects.anthropic import ANTHROPIC
-from sidecar.dialects.endpoint import Endpoint
+from sidecar.dialects.dashscope import DASHSCOPE
+from sidecar.dialects.endpoint import OTHER, Endpoint
 from sidecar.dialects.openai import OPENAI
+from sidecar.dialects.qianfan import QIANFAN
 from sidecar.errors import CallError
 from sidecar.sse import Event
 
@@ -26,13 +29,28 @@ class Dialect(Protocol):
     def name(self) -> str: ...
     @property
     def endpoints(self) -> tuple[Endpoint, ...]: ...
-
-    def view(self, body: Mapping[str, Any]) -> ChatView:
-        """The request body as the typed view; raises `Rejected` (400) when fields are missing."""
+    @property
+    def stream_mark(self) -> bytes:
+        """In every body that asks for a stream: one without it need not be parsed to know."""
         ...
 
-    def upstream_path(self, base_path: str, path: str) -> str:
-        """The path on the wire for the client's `path` at a `base_url` with `base_path`."""
+    def view(self, body: Mapping[str, Any], model: str | None = None) -> ChatView:
+        """The request body as the typed view; raises `Rejected` (400) when fields are missing.
+
+        `model` is the one that the request is known to ask for; None: the body names it.
+        """
+        ...
+
+    def asks_stream(self, headers: Mapping[str, str], body: Mapping[str, Any]) -> bool:
+        """Whether a request with these headers, found by names in lower case, and this JSON body
+        asks for a stream of events."""
+        ...
+
+    def upstream_path(self, base_path: str, path: str, model: str | None = None) -> str:
+        """The path on the wire for the client's `path` at a `base_url` with `base_path`.
+
+        `model`: to be named in place of the one in the path, where the path names one.
+        """
         ...
 
     def error_body(self, error: CallError, call_id: str) -> bytes:
@@ -67,12 +85,41 @@ class Dialect(Protocol):
         ...
 
 
-DIALECTS: dict[str, Dialect] = {OPENAI.name: OPENAI, ANTHROPIC.name: ANTHROPIC}
+DIALECTS: dict[str, Dialect] = {
+    OPENAI.name: OPENAI,
+    ANTHROPIC.name: ANTHROPIC,
+    DASHSCOPE.name: DASHSCOPE,
+    QIANFAN.name: QIANFAN,
+}
 
 ENDPOINTS: dict[str, tuple[Dialect, Endpoint]] = {
-    **{endpoint.path: (OPENAI, endpoint) for endpoint in OPENAI.endpoints},
-    **{endpoint.path: (ANTHROPIC, endpoint) for endpoint in ANTHROPIC.endpoints},
+    endpoint.path: (dialect, endpoint)
+    for dialect in DIALECTS.values()
+    for endpoint in dialect.endpoints
+    if not endpoint.model_in_path
 }
-"""Known paths of the data port. `/v1/models` belongs to both: the edge looks at the headers."""
+"""Known paths of the data port, but for those that name a model. `/v1/models` belongs to several:
+the edge looks at the headers."""
 
-__all__ = ["ANTHROPIC", "DIALECTS", "ENDPOINTS", "OPENAI", "Dialect", "Endpoint"]
+
+def find_endpoint(path: str) -> tuple[Dialect, Endpoint] | None:
+    """Whose path it is that is not in `ENDPOINTS`, and what is served there: `OTHER` when nothing
+    is. None when it is no dialect's own."""
+    if path.startswith(f"{qianfan.PREFIX}/"):
+        return QIANFAN, QIANFAN.endpoint_at(path) or OTHER
+    if path.startswith(f"{dashscope.PREFIX}/"):
+        return DASHSCOPE, OTHER
+    return None
+
+
+__all__ = [
+    "ANTHROPIC",
+    "DASHSCOPE",
+    "DIALECTS",
+    "ENDPOINTS",
+    "OPENAI",
+    "QIANFAN",
+    "Dialect",
+    "Endpoint",
+    "find_endpoint",
+]

@@ -14,7 +14,7 @@ import orjson
 
 from sidecar.call import ChatView, Usage
 from sidecar.dialects.endpoint import Endpoint
-from sidecar.dialects.fields import chat_view, count, usage_object
+from sidecar.dialects.fields import chat_view, count, usage_object, written_for_an_hour
 from sidecar.errors import CallError
 from sidecar.sse import Event, encode
 
@@ -37,15 +37,20 @@ class Anthropic:
     """`base_url` ends where the SDK's does: before `/v1`."""
 
     name = "anthropic"
+    stream_mark = b'"stream"'
     endpoints = (
         Endpoint("messages", "/v1/messages"),
         Endpoint("count_tokens", "/v1/messages/count_tokens"),
     )
 
-    def view(self, body: Mapping[str, Any]) -> ChatView:
-        return chat_view(self.name, body, body.get("messages"), body.get("max_tokens"))
+    def view(self, body: Mapping[str, Any], model: str | None = None) -> ChatView:
+        messages, max_tokens = body.get("messages"), body.get("max_tokens")
+        return chat_view(self.name, body, messages, max_tokens, model=model)
 
-    def upstream_path(self, base_path: str, path: str) -> str:
+    def asks_stream(self, headers: Mapping[str, str], body: Mapping[str, Any]) -> bool:
+        return body.get("stream") is True
+
+    def upstream_path(self, base_path: str, path: str, model: str | None = None) -> str:
         return base_path + path
 
     def error_body(self, error: CallError, call_id: str) -> bytes:
@@ -66,12 +71,15 @@ class Anthropic:
         cache_write = _later(usage, "cache_creation_input_tokens", old.cache_write)
         plain = _later(usage, "input_tokens", old.input - old.cached - old.cache_write)
         thinking = usage.get("output_tokens_details")
+        creation = usage.get("cache_creation")
+        for_an_hour = written_for_an_hour(usage) if creation else old.cache_write_1h
         return Usage(
             input=plain + cached + cache_write,
             output=_later(usage, "output_tokens", old.output),
             cached=cached,
             cache_write=cache_write,
             reasoning=count(thinking, "thinking_tokens") or old.reasoning,
+            cache_write_1h=min(for_an_hour, cache_write),
         )
 
     def error_in(self, event: Event) -> tuple[str, str] | None:

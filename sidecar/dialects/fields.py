@@ -1,8 +1,9 @@
-"""Reading fields that dialects have in common."""
+"""Reading and writing fields that dialects have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 from sidecar.call import ChatView
@@ -18,20 +19,31 @@ def model_of(body: Mapping[str, Any]) -> str:
     return model
 
 
-def chat_view(dialect: str, body: Mapping[str, Any], messages: Any, max_tokens: Any) -> ChatView:
-    """The typed view of a request; raises `Rejected` (400) when `messages` is no list."""
+def chat_view(
+    dialect: str,
+    body: Mapping[str, Any],
+    messages: Any,
+    max_tokens: Any,
+    *,
+    model: str | None = None,
+    is_stream: bool | None = None,
+) -> ChatView:
+    """The typed view of a request; raises `Rejected` (400) when `messages` is no list.
+
+    `model` and `is_stream` are for dialects that do not say them in the body as OpenAI does.
+    """
     if not isinstance(messages, list | tuple):
         raise Rejected(400, "invalid_request", "`messages` must be a list")
     return ChatView(
         dialect=dialect,
-        model=model_of(body),
+        model=model or model_of(body),
         messages=tuple(item for item in messages if isinstance(item, dict)),
-        is_stream=body.get("stream") is True,
+        is_stream=body.get("stream") is True if is_stream is None else is_stream,
         max_tokens=max_tokens if isinstance(max_tokens, int) else None,
     )
 
 
-def usage_object(event: Event, inner: str) -> dict[str, Any] | None:
+def usage_object(event: Event, inner: str = "") -> dict[str, Any] | None:
     """The event's `usage`, of its own or of the object in its field `inner`."""
     usage = event.last_field(b"usage")  # the usual place, without parsing the answer before it
     if type(usage) is dict:
@@ -51,3 +63,19 @@ def count(fields: Any, name: str) -> int:
     if type(value) is int and value > 0:
         return value
     return int(value) if isinstance(value, float) and 0 < value < 1e15 else 0
+
+
+def written_for_an_hour(fields: Any) -> int:
+    """Of the tokens written to a prompt cache, those to be kept for an hour: `cache_creation`, as
+    Anthropic and Alibaba Cloud have it in the object that counts such tokens."""
+    creation = fields.get("cache_creation") if type(fields) is dict else None
+    return count(creation, "ephemeral_1h_input_tokens") if creation else 0
+
+
+def limit_fields(kind: str, limit: int, remaining: int, reset_s: float) -> dict[str, str]:
+    """A limit as OpenAI's headers tell it, which others have taken over."""
+    return {
+        f"x-ratelimit-limit-{kind}": str(limit),
+        f"x-ratelimit-remaining-{kind}": str(remaining),
+        f"x-ratelimit-reset-{kind}": f"{ceil(reset_s * 1000)}ms",  # a duration as Go writes it
+    }

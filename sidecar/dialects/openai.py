@@ -6,14 +6,19 @@ Source: OpenAI API reference; error and usage fields as of openai-python 3.54.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import ceil
 from typing import Any
 
 import orjson
 
 from sidecar.call import ChatView, Usage
 from sidecar.dialects.endpoint import Endpoint
-from sidecar.dialects.fields import chat_view, count, usage_object
+from sidecar.dialects.fields import (
+    chat_view,
+    count,
+    limit_fields,
+    usage_object,
+    written_for_an_hour,
+)
 from sidecar.errors import CallError
 from sidecar.sse import Event, encode
 
@@ -28,6 +33,7 @@ class OpenAI:
     """`base_url` ends where the SDK's does: usually in `/v1`, which is also the default path."""
 
     name = "openai"
+    stream_mark = b'"stream"'
     endpoints = (
         Endpoint("chat_completions", "/v1/chat/completions"),
         Endpoint("completions", "/v1/completions"),
@@ -35,7 +41,7 @@ class OpenAI:
         Endpoint("responses", "/v1/responses"),
     )
 
-    def view(self, body: Mapping[str, Any]) -> ChatView:
+    def view(self, body: Mapping[str, Any], model: str | None = None) -> ChatView:
         messages = body.get("messages")
         if messages is None:
             messages = body.get("input", body.get("prompt", ()))
@@ -43,9 +49,12 @@ class OpenAI:
             messages = ({"role": "user", "content": messages},)
         max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
         max_tokens = max_tokens or body.get("max_output_tokens")
-        return chat_view(self.name, body, messages, max_tokens)
+        return chat_view(self.name, body, messages, max_tokens, model=model)
 
-    def upstream_path(self, base_path: str, path: str) -> str:
+    def asks_stream(self, headers: Mapping[str, str], body: Mapping[str, Any]) -> bool:
+        return body.get("stream") is True
+
+    def upstream_path(self, base_path: str, path: str, model: str | None = None) -> str:
         return (base_path or "/v1") + path.removeprefix("/v1")
 
     def error_body(self, error: CallError, call_id: str) -> bytes:
@@ -74,13 +83,20 @@ class OpenAI:
             tokens_in, tokens_out = count(usage, "input_tokens"), count(usage, "output_tokens")
             details_in = usage.get("input_tokens_details")
             details_out = usage.get("output_tokens_details")
-        cached = cache_write = reasoning = 0
+        cached = cache_write = reasoning = for_an_hour = 0
         if details_in:
             cached = count(details_in, "cached_tokens")
             cache_write = count(details_in, "cache_write_tokens")
+            if not cache_write:  # Alibaba Cloud has it by Anthropic's name, inside the input, too
+                cache_write = count(details_in, "cache_creation_input_tokens")
+                for_an_hour = written_for_an_hour(details_in) if cache_write else 0
+        else:  # Moonshot, and DeepSeek before it spoke as OpenAI does
+            cached = count(usage, "cached_tokens") or count(usage, "prompt_cache_hit_tokens")
         if details_out:
             reasoning = count(details_out, "reasoning_tokens")
-        return Usage(tokens_in, tokens_out, cached, cache_write, reasoning)
+            if reasoning and count(usage, "total_tokens") == tokens_in + tokens_out + reasoning:
+                tokens_out += reasoning  # xAI counts it beside the rest
+        return Usage(tokens_in, tokens_out, cached, cache_write, reasoning, for_an_hour)
 
     def error_in(self, event: Event) -> tuple[str, str] | None:
         if b'"error"' not in event.raw and event.name != b"error":
@@ -100,11 +116,7 @@ class OpenAI:
     def limit_headers(
         self, kind: str, limit: int, remaining: int, reset_s: float, wall: float
     ) -> dict[str, str]:
-        return {
-            f"x-ratelimit-limit-{kind}": str(limit),
-            f"x-ratelimit-remaining-{kind}": str(remaining),
-            f"x-ratelimit-reset-{kind}": f"{ceil(reset_s * 1000)}ms",  # a duration as Go writes it
-        }
+        return limit_fields(kind, limit, remaining, reset_s)
 
     def models_body(self, names: Iterable[str]) -> bytes:
         return orjson.dumps({"object": "list", "data": [_model_fields(name) for name in names]})

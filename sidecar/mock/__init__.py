@@ -1,4 +1,4 @@
-"""A scripted provider that plays OpenAI and Anthropic: for `base_url: "mock:"`, demos and tests."""
+"""A scripted provider that plays those we know: for `base_url: "mock:"`, demos and tests."""
 
 from sidecar.mock.books import Books, ModelBook, Received
 from sidecar.mock.provider import MockProvider

@@ -6,8 +6,6 @@ reference and official SDK. How an answer is framed, delayed or cut is left to `
 
 from __future__ import annotations
 
-import hashlib
-
 import orjson
 
 from sidecar.mock.content import (
@@ -20,6 +18,7 @@ from sidecar.mock.content import (
     ToolCall,
     count_words,
     encode_pieces,
+    identity_of,
     last_user_text,
     limit_of,
     make_content,
@@ -125,7 +124,7 @@ def _messages(
     data: JsonObject, model: str, messages: list[JsonObject], settings: Settings
 ) -> Answer:
     input_tokens = _count_input(data, messages)
-    digest = hashlib.blake2b(orjson.dumps(data), digest_size=12).hexdigest()
+    digest = identity_of(data)
     call = None if settings.text is not None else _tool_call(data, messages, digest)
     template = _delta("text_delta", "text")
     content = make_content(

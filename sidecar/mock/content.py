@@ -6,8 +6,11 @@ word on the way in and a content event on the way out.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import orjson
@@ -22,6 +25,8 @@ REQUEST_ID_MARK = b"req_000000000000000000000000"
 #: Bodies and events carry this time (Unix seconds), so that equal requests get equal bytes.
 CREATED_S = 1_760_000_000
 
+_MAX_GROWING_BYTES = 64 * 1024 * 1024
+_EVENT_OF = attrgetter("event")
 _WORD = re.compile(r"\s*\S+(?:\s+$)?")
 _MAX_SCHEMA_DEPTH = 6
 
@@ -49,7 +54,8 @@ class Answer:
 
     `content_start` is the index of the first event that carries an output token; the tokens are
     in consecutive events, one each. `request_id_header` names the header the dialect uses. `told`
-    is what the answer says it used, right or wrong; each replaces the one before.
+    is what the answer says it used, right or wrong; each replaces the one before. `is_refusal` is
+    for those who say an error with status 200.
     """
 
     status: int
@@ -63,6 +69,7 @@ class Answer:
     output_tokens: int = 0
     content_start: int = 0
     told: tuple[Told, ...] = ()
+    is_refusal: bool = False
 
     def tokens_after(self, events: int) -> int:
         """Output tokens a client has seen after that many events of the stream."""
@@ -70,7 +77,8 @@ class Answer:
 
     def told_after(self, events: int) -> Told | None:
         """The usage a client has been told after that many events of the stream."""
-        return next((told for told in reversed(self.told) if told.event <= events), None)
+        count = bisect_right(self.told, events, key=_EVENT_OF)
+        return self.told[count - 1] if count else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +168,11 @@ def tell(settings: Settings, event: int, input_tokens: int, output_tokens: int) 
     return Told(event, input_tokens, output_tokens)
 
 
+def identity_of(data: JsonObject) -> str:
+    """24 hex digits that are the same for the same request."""
+    return hashlib.blake2b(orjson.dumps(data), digest_size=12).hexdigest()
+
+
 def limit_of(data: JsonObject, *names: str) -> int | None:
     """The first of these fields that is a whole number."""
     for name in names:
@@ -216,6 +229,20 @@ def encode_pieces(pieces: tuple[str, ...], template: bytes, mark: bytes) -> tupl
         if piece not in made:
             made[piece] = head + orjson.dumps(piece) + tail
     return tuple(made[piece] for piece in pieces)
+
+
+def check_growing(size_bytes: int) -> None:
+    """Raises BadRequestError where a stream of events that all differ would fill the memory."""
+    if size_bytes > _MAX_GROWING_BYTES:
+        raise BadRequestError("so many events of that size are not made here: ask for fewer")
+
+
+def unit_vector(seed: bytes, dimensions: int) -> list[float]:
+    """An embedding: of length 1, and dependent on the seed alone."""
+    raw = hashlib.shake_128(seed).digest(dimensions)
+    values = [byte - 127.5 for byte in raw]  # never zero, so the norm is not either
+    norm = sum(value * value for value in values) ** 0.5
+    return [value / norm for value in values]
 
 
 def make_tool_call(name: str, schema: object, *, call_id: str) -> ToolCall:

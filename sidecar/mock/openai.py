@@ -7,7 +7,6 @@ reference and official SDK. How an answer is framed, delayed or cut is left to `
 from __future__ import annotations
 
 import base64
-import hashlib
 import struct
 from collections.abc import Callable
 
@@ -23,6 +22,7 @@ from sidecar.mock.content import (
     ToolCall,
     count_words,
     encode_pieces,
+    identity_of,
     last_user_text,
     limit_of,
     make_content,
@@ -32,6 +32,7 @@ from sidecar.mock.content import (
     required_text,
     tell,
     text_of,
+    unit_vector,
 )
 from sidecar.mock.script import Settings
 
@@ -161,11 +162,6 @@ def _data(value: JsonObject) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-def _identity(prefix: str, data: JsonObject) -> str:
-    """An id that is the same for the same request."""
-    return prefix + hashlib.blake2b(orjson.dumps(data), digest_size=12).hexdigest()
-
-
 def _usage(told: Told) -> JsonObject:
     """Usage of chat and completions."""
     return {
@@ -189,7 +185,7 @@ def _chat(data: JsonObject, settings: Settings) -> Answer:
     model = required_text(data, "model")
     messages = required_messages(data)
     input_tokens = count_words(*(message.get("content") for message in messages))
-    identity = _identity("chatcmpl-", data)
+    identity = "chatcmpl-" + identity_of(data)
     call = None if settings.text is not None else _chat_tool_call(data, messages, identity)
     chunk: JsonObject = {
         "id": identity,
@@ -301,7 +297,7 @@ def _completions(data: JsonObject, settings: Settings) -> Answer:
     prompt = text_of(data["prompt"])
     input_tokens = count_words(prompt)
     base: JsonObject = {
-        "id": _identity("cmpl-", data),
+        "id": "cmpl-" + identity_of(data),
         "object": "text_completion",
         "created": CREATED_S,
         "model": model,
@@ -366,7 +362,7 @@ def _embeddings(data: JsonObject, settings: Settings) -> Answer:
     as_base64 = data.get("encoding_format") == "base64"
     items = []
     for index, one in enumerate(inputs):
-        vector = _vector(orjson.dumps(one), dimensions)
+        vector = unit_vector(orjson.dumps(one), dimensions)
         packed = struct.pack(f"<{dimensions}f", *vector)
         embedding: object = base64.b64encode(packed).decode() if as_base64 else vector
         items.append({"object": "embedding", "index": index, "embedding": embedding})
@@ -380,14 +376,6 @@ def _embeddings(data: JsonObject, settings: Settings) -> Answer:
     return _plain(settings, reply, model=model, input_tokens=input_tokens, told=told)
 
 
-def _vector(seed: bytes, dimensions: int) -> list[float]:
-    """A unit vector that depends on the input alone."""
-    raw = hashlib.shake_128(seed).digest(dimensions)
-    values = [byte - 127.5 for byte in raw]  # never zero, so the norm is not either
-    norm = sum(value * value for value in values) ** 0.5
-    return [value / norm for value in values]
-
-
 # /v1/responses
 
 
@@ -399,7 +387,7 @@ def _responses(data: JsonObject, settings: Settings) -> Answer:
     items = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
     said = given if isinstance(given, str) else last_user_text(items)
     input_tokens = count_words(given, data.get("instructions"))
-    item_id = _identity("msg_", data)
+    item_id = "msg_" + identity_of(data)
     delta: JsonObject = {
         "type": "response.output_text.delta",
         "item_id": item_id,
@@ -415,7 +403,7 @@ def _responses(data: JsonObject, settings: Settings) -> Answer:
     )
     output_tokens = len(content.pieces)
     started: JsonObject = {
-        "id": _identity("resp_", data),
+        "id": "resp_" + identity_of(data),
         "object": "response",
         "created_at": CREATED_S,
         "status": "in_progress",

@@ -1,8 +1,8 @@
-"""The mock provider: an HTTP server that plays OpenAI and Anthropic, and does as it is told.
+"""The mock provider: an HTTP server that plays LLM providers, and does as it is told.
 
 It runs on the caller's event loop, on a TCP port or a unix socket, so the data path of whoever
-calls it is the real one. aiohttp parses the requests and keeps the connections; answers are
-built by `openai` and `anthropic`, framed by `wire`, and written here straight to the transport.
+calls it is the real one. aiohttp parses the requests and keeps the connections; answers are built
+by one module a dialect, framed by `wire`, and written here straight to the transport.
 Which settings there are is told in `script`.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import orjson
 from aiohttp import web
 
-from sidecar.mock import anthropic, openai
+from sidecar.mock import anthropic, dashscope, openai, qianfan
 from sidecar.mock.books import Books, ModelBook, Received
 from sidecar.mock.content import REQUEST_ID_MARK, Answer
 from sidecar.mock.script import (
@@ -44,6 +44,8 @@ _MAX_KEPT_REQUEST_BYTES = 16 * 1024
 _MAX_KEPT_STREAM_BYTES = 256 * 1024
 _TOO_LARGE = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _DEFAULT_EVENT_BYTES = 256
+_PATHS = openai.PATHS | anthropic.PATHS | dashscope.PATHS
+"""Those that name no model; `qianfan.has_path` knows the others."""
 
 
 class _Sent(web.StreamResponse):
@@ -248,7 +250,7 @@ class MockProvider:
         self, request: web.BaseRequest, received: Received
     ) -> web.StreamResponse:
         path, method = received.path, received.method
-        is_api = method == "POST" and (path in openai.PATHS or path in anthropic.PATHS)
+        is_api = method == "POST" and (path in _PATHS or qianfan.has_path(path))
         self.arriving.append(received)
         try:
             digest = None if is_api else hashlib.sha256()
@@ -268,7 +270,7 @@ class MockProvider:
         try:
             scripted: Given = ()
             if self._script is not None:
-                scripted = self._script.next(path, _model_of(received.body) if is_api else "")
+                scripted = self._script.next(path, _model_of(path, received.body) if is_api else "")
             settings = merge(scripted, parse_headers(headers))
             refusal = None
         except SettingError as error:
@@ -278,11 +280,15 @@ class MockProvider:
         )
         is_http10 = request.version < (1, 1)
         if is_api and refusal is None:
-            build = _build if _is_kept(received.body, settings) else _build.__wrapped__
-            delivery = build(path, received.body, settings, wants_gzip, is_http10)
+            is_stream = path in dashscope.PATHS and dashscope.asks_stream(
+                request.headers.get("X-DashScope-SSE", ""), request.headers.get("Accept", "")
+            )
+            is_kept = _is_kept(received.body, settings, repeats=is_stream)
+            build = _build if is_kept else _build.__wrapped__
+            delivery = build(path, received.body, settings, wants_gzip, is_http10, is_stream)
         else:
             delivery = deliver(
-                _error_answer(path, 400, Settings(), refusal)
+                replace(_error_answer(path, 400, Settings(), refusal), status=400)
                 if refusal is not None
                 else _other_answer(received, digest.hexdigest() if digest else "", settings),
                 settings,
@@ -441,23 +447,33 @@ def _write(request: web.BaseRequest, data: bytes) -> None:
 # Choosing the answer...
 
 
-def _is_kept(body: bytes, settings: Settings) -> bool:
-    stream_bytes = (settings.events or 0) * (settings.event_bytes or _DEFAULT_EVENT_BYTES)
+def _is_kept(body: bytes, settings: Settings, *, repeats: bool) -> bool:
+    """`repeats`: each event may hold the text of all before it."""
+    events = settings.events or 0
+    stream_bytes = events * (settings.event_bytes or _DEFAULT_EVENT_BYTES)
+    stream_bytes *= events if repeats else 1
     return len(body) <= _MAX_KEPT_REQUEST_BYTES and stream_bytes <= _MAX_KEPT_STREAM_BYTES
 
 
 @lru_cache(maxsize=64)
 def _build(
-    path: str, body: bytes, settings: Settings, wants_gzip: bool, is_http10: bool
+    path: str, body: bytes, settings: Settings, wants_gzip: bool, is_http10: bool, is_stream: bool
 ) -> Delivery:
-    """The delivery for a POST on an API path: equal calls, as a benchmark's, are built once."""
+    """The delivery for a POST on an API path: equal calls, as a benchmark's, are built once.
+
+    `is_stream`: a header asks for a stream, of a dialect whose bodies do not.
+    """
     if settings.status is not None and settings.status >= 300:
         # Before looking at the request: what was asked for is this status.
-        answer = _error_answer(path, settings.status, settings, None, model=_model_of(body))
+        answer = _error_answer(path, settings.status, settings, None, model=_model_of(path, body))
+    elif path in dashscope.PATHS:
+        answer = dashscope.answer(path, body, settings, is_stream=is_stream)
     elif path in anthropic.PATHS:
         answer = anthropic.answer(path, body, settings)
-    else:
+    elif path in openai.PATHS:
         answer = openai.answer(path, body, settings)
+    else:
+        answer = qianfan.answer(path, body, settings)
     return deliver(answer, settings, allows_gzip=wants_gzip, is_head=False, is_http10=is_http10)
 
 
@@ -466,6 +482,10 @@ def _error_answer(
 ) -> Answer:
     if path in anthropic.PATHS:
         answer = anthropic.make_error(status, settings=settings, message=message)
+    elif path in dashscope.PATHS:
+        answer = dashscope.make_error(status, settings=settings, message=message)
+    elif qianfan.has_path(path):
+        answer = qianfan.make_error(status, settings=settings, message=message)
     else:
         answer = openai.make_error(status, settings=settings, message=message)
     return replace(answer, model=model)
@@ -496,8 +516,10 @@ def _other_answer(received: Received, body_sha256: str, settings: Settings) -> A
     )
 
 
-def _model_of(body: bytes) -> str:
+def _model_of(path: str, body: bytes) -> str:
     """The model a request names, "" if none."""
+    if qianfan.has_path(path):
+        return qianfan.model_of(path)
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:

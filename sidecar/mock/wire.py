@@ -149,7 +149,7 @@ def _pieces(answer: Answer, settings: Settings) -> tuple[tuple[bytes, ...], int]
     """The body before framing, an event a piece; and how many come before the error event."""
     if answer.events is None:
         pieces = (answer.body,) if answer.body else ()
-        return pieces, len(pieces)
+        return pieces, 0 if answer.is_refusal else len(pieces)
     at = settings.error_event
     if at is None or at > len(answer.events):
         return answer.events, len(answer.events)

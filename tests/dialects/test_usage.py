@@ -77,6 +77,19 @@ OPENAI_SHAPES: dict[str, tuple[Any, Usage | None]] = {
         {"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cache_write_tokens": 4}}},
         Usage(9, 0, cache_write=4),
     ),
+    "cache writes as Alibaba Cloud has them": (
+        {
+            "usage": {
+                "prompt_tokens": 9,
+                "prompt_tokens_details": {
+                    "cached_tokens": 2,
+                    "cache_creation_input_tokens": 4,
+                    "cache_creation": {"ephemeral_1h_input_tokens": 3},
+                },
+            }
+        },
+        Usage(9, 0, cached=2, cache_write=4, cache_write_1h=3),
+    ),
     "usage is null": ({"choices": [{"delta": {"content": "a"}}], "usage": None}, None),
     "usage is empty": ({"usage": {}}, Usage()),
     "usage is a list": ({"usage": [1]}, None),
@@ -191,6 +204,22 @@ def test_anthropic_stream_that_broke_off_has_what_it_said_until_then() -> None:
 def test_anthropic_thinking_is_part_of_the_output() -> None:
     events = [delta(output_tokens=50, output_tokens_details={"thinking_tokens": 40})]
     assert last_usage(ANTHROPIC, events) == Usage(0, 50, reasoning=40)
+
+
+def test_anthropic_tokens_written_for_an_hour_are_told_apart() -> None:
+    creation = {"ephemeral_5m_input_tokens": 20, "ephemeral_1h_input_tokens": 30}
+    first = start(input_tokens=1, cache_creation_input_tokens=50, cache_creation=creation)
+    expected = Usage(51, 0, cache_write=50, cache_write_1h=30)
+    assert last_usage(ANTHROPIC, [first]) == expected
+    assert last_usage(ANTHROPIC, [first, delta(output_tokens=2)]) == expected._replace(output=2)
+    again = delta(cache_creation_input_tokens=10, cache_creation={"ephemeral_1h_input_tokens": 10})
+    assert last_usage(ANTHROPIC, [first, again]) == Usage(11, 0, cache_write=10, cache_write_1h=10)
+
+
+@pytest.mark.parametrize("creation", [None, {}, [], 5, {"ephemeral_5m_input_tokens": 7}])
+def test_anthropic_tokens_are_not_written_for_an_hour_unless_it_says_so(creation: Any) -> None:
+    found = last_usage(ANTHROPIC, [start(cache_creation_input_tokens=7, cache_creation=creation)])
+    assert found == Usage(7, 0, cache_write=7)
 
 
 def test_anthropic_whole_message() -> None:

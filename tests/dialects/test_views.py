@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from sidecar.call import ChatView
-from sidecar.dialects import ANTHROPIC, DIALECTS, ENDPOINTS, OPENAI, Dialect
+from sidecar.dialects import ANTHROPIC, DIALECTS, ENDPOINTS, OPENAI, Dialect, find_endpoint
 from sidecar.errors import Rejected
 from sidecar.sse import Decoder, Event, encode
 
@@ -124,10 +124,27 @@ def test_every_endpoint_is_found_by_its_path() -> None:
     for name, dialect in DIALECTS.items():
         assert dialect.name == name
         for endpoint in dialect.endpoints:
-            assert ENDPOINTS[endpoint.path] == (dialect, endpoint)
+            path = endpoint.path.replace("{model}", "m")
+            assert (ENDPOINTS.get(path) or find_endpoint(path)) == (dialect, endpoint)
             assert endpoint.has_model
-    names = [endpoint.name for _, endpoint in ENDPOINTS.values()]
-    assert len(names) == len(set(names))
+        names = [endpoint.name for endpoint in dialect.endpoints]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("dialect", [OPENAI, ANTHROPIC], ids=lambda each: each.name)
+def test_body_says_whether_it_asks_for_a_stream(dialect: Dialect) -> None:
+    headers = {"accept": "text/event-stream"}
+    assert dialect.asks_stream({}, {"stream": True})
+    for stream in (False, None, 1, "true"):
+        assert not dialect.asks_stream(headers, {"stream": stream})
+    assert dialect.stream_mark in orjson.dumps({"stream": True})
+    assert not dialect.asks_stream(headers, {})
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda each: each.name)
+def test_view_takes_the_model_that_is_known_from_elsewhere(dialect: Dialect) -> None:
+    body = {"messages": [USER], "input": {"messages": [USER]}}
+    assert dialect.view(body, "m") == ChatView(dialect.name, "m", (USER,), False, None)
 
 
 def test_codes_of_refused_requests_are_stable() -> None:

@@ -22,7 +22,7 @@ from multidict import CIMultiDict
 
 from sidecar.call import Attempt, Call, End, Outcome, Target, Timeouts, completed, end_of
 from sidecar.chain import link_attempt, link_call
-from sidecar.dialects import ENDPOINTS, OPENAI, Dialect
+from sidecar.dialects import ENDPOINTS, OPENAI, Dialect, find_endpoint
 from sidecar.dialects.endpoint import MODELS, PASS_THROUGH
 from sidecar.dispatch import Dispatch, send
 from sidecar.errors import CallError, FetchFailed, Phase, Rejected, Retry, UpstreamError
@@ -519,7 +519,9 @@ class Harness:
         if body is None:
             body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
         fields = list(headers)
-        dialect, endpoint = ENDPOINTS.get(path, (self.upstream.dialect, PASS_THROUGH))
+        dialect, endpoint = (
+            ENDPOINTS.get(path) or find_endpoint(path) or (self.upstream.dialect, PASS_THROUGH)
+        )
         if path == "/v1/models" or path.startswith("/v1/models/"):
             endpoint = MODELS
         self._count += 1
@@ -544,7 +546,8 @@ class Harness:
         if endpoint is PASS_THROUGH:
             call.targets = (Target(self.upstream),)
         elif endpoint is not MODELS and refusal is None:
-            call.model = call.label = call.json["model"]
+            call.model = path.rpartition("/")[2] if endpoint.model_in_path else call.json["model"]
+            call.label = call.model or ""
             call.targets = (Target(self.upstream),)
         return call
 
