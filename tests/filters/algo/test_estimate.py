@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from splintr import Tokenizer
 
 from filters.algo.estimate import (
     MOST_OUTPUT,
@@ -18,35 +21,124 @@ from filters.algo.estimate import (
     estimate,
     estimate_input,
     tokens_of,
+    tokens_of_text,
 )
 from sidecar.dialects.endpoint import OTHER
 from tests.support.harness import MODEL, Harness
 
+SAMPLES = sorted((Path(__file__).parents[2] / "data" / "texts").glob("*.txt"))
+"""English and Chinese prose, programs in Python and JavaScript, JSON."""
+MOST_ERROR = 0.15
+
 ENGLISH = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while. " * 20
-CHINESE = "今天天气很好,我们一起去公园散步,然后回家做饭。" * 20
+CHINESE = "今天天气很好，我们一起去公园散步，然后回家做饭。" * 20
+
+Count = Callable[[str], int]
+
+
+@pytest.fixture(scope="module")
+def true_count() -> Count:
+    """Tokens by OpenAI's o200k."""
+    encode = Tokenizer.from_pretrained("o200k_base").encode_ordinary
+    return lambda text: len(encode(text))
 
 
 def body(text: str, *, ascii_only: bool = False) -> bytes:
     return json.dumps({"content": text}, ensure_ascii=ascii_only).encode()
 
 
-def test_english_has_about_four_characters_a_token() -> None:
-    assert tokens_of(body(ENGLISH)) == pytest.approx(len(ENGLISH) / 4, rel=0.05)
+def chat(*texts: str, ascii_only: bool = False) -> bytes:
+    messages = [{"role": "user", "content": text} for text in texts]
+    fields = {"model": "gpt-4o-mini", "messages": messages, "temperature": 0.2, "stream": True}
+    return json.dumps(fields, ensure_ascii=ascii_only).encode()
 
 
-def test_a_chinese_character_is_nearly_a_token() -> None:
-    assert 0.65 * len(CHINESE) < tokens_of(body(CHINESE)) < len(CHINESE)
+def of_kind(kind: str) -> list[Path]:
+    return [path for path in SAMPLES if path.name.startswith(kind)]
+
+
+# Against real counts
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: str(path.stem))
+def test_a_text_is_estimated_within_15_percent(path: Path, true_count: Count) -> None:
+    text = path.read_text()
+    assert tokens_of_text(text) == pytest.approx(true_count(text), rel=MOST_ERROR)
+
+
+@pytest.mark.parametrize("ascii_only", [False, True], ids=["UTF-8", "escaped"])
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: str(path.stem))
+def test_a_request_is_estimated_within_15_percent(
+    path: Path, ascii_only: bool, true_count: Count
+) -> None:
+    text = path.read_text()
+    asked = "Please explain this:"
+    truth = true_count(text) + true_count(asked) + 2 * 4 + 3
+    found = tokens_of(chat(asked, text, ascii_only=ascii_only))
+    assert found == pytest.approx(truth, rel=MOST_ERROR)
+
+
+@pytest.mark.parametrize("kind", ["english", "chinese", "python", "javascript", "json"])
+def test_texts_of_a_kind_come_out_right_on_the_whole(kind: str, true_count: Count) -> None:
+    texts = [path.read_text() for path in of_kind(kind)]
+    assert len(texts) >= 3
+    assert all(400 <= len(text) <= 4000 for text in texts)
+    found, truth = sum(map(tokens_of_text, texts)), sum(map(true_count, texts))
+    assert found == pytest.approx(truth, rel=0.07)
+
+
+def test_framing_is_no_prose(true_count: Count) -> None:
+    texts = [sentence for sentence in ENGLISH.split(", ") for _ in range(3)]
+    truth = sum(map(true_count, texts)) + 4 * len(texts) + 3
+    assert tokens_of(chat(*texts)) == pytest.approx(truth, rel=MOST_ERROR)
+    parts = [{"role": "user", "content": [{"type": "text", "text": text}]} for text in texts]
+    in_parts = orjson.dumps({"model": MODEL, "messages": parts})
+    assert tokens_of(in_parts) == pytest.approx(truth, rel=MOST_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [
+        ("Сегодня утром мы решили поехать за город, потому что погода стала тёплой. ", 0.2, 0.5),
+        ("قررنا هذا الصباح أن نسافر إلى خارج المدينة لأن الطقس أصبح دافئا ومشمسا. ", 0.2, 0.5),
+        ("Les élèves préfèrent réviser près de la forêt où l'été s'achève déjà. ", 0.2, 0.35),
+        ("今朝は天気がよかったので、家族みんなで郊外まで出かけることにしました。", 0.6, 0.9),
+        ("🎉🚀😀", 1.0, 2.0),
+    ],
+    ids=["Russian", "Arabic", "French", "Japanese", "emoji"],
+)
+def test_letters_of_other_scripts_are_not_taken_for_chinese(
+    text: str, least: float, most: float
+) -> None:
+    assert least < tokens_of_text(text * 20) / len(text * 20) < most
+
+
+def test_a_body_of_any_length_is_estimated_from_all_over_it(true_count: Count) -> None:
+    text = ENGLISH * 100 + CHINESE * 200
+    truth = 100 * true_count(ENGLISH) + 200 * true_count(CHINESE)
+    for ascii_only in (False, True):
+        found = tokens_of(chat(text, ascii_only=ascii_only))
+        assert found == pytest.approx(truth, rel=MOST_ERROR)
+    assert tokens_of_text(text) == pytest.approx(truth, rel=MOST_ERROR)
+
+
+def test_no_text_has_no_tokens() -> None:
+    assert tokens_of_text("") == 0
+    assert tokens_of_text("\ud800") == 1  # a surrogate that stands alone
+
+
+# By rule
 
 
 def test_an_escaped_character_counts_as_the_character() -> None:
-    assert tokens_of(body(CHINESE, ascii_only=True)) == pytest.approx(
-        tokens_of(body(CHINESE)), rel=0.05
-    )
+    for text in (CHINESE, "Un été à l'école", "😀" * 9, 'a "b"\n\tc\\d/e', "a\u0001b"):
+        escaped = tokens_of(body(text * 9, ascii_only=True))
+        assert escaped == pytest.approx(tokens_of(body(text * 9)), rel=0.15)
 
 
-def test_two_byte_letters_are_not_taken_for_chinese() -> None:
-    russian = "Сегодня хорошая погода, пойдём гулять в парк. " * 20
-    assert tokens_of(body(russian)) < 0.6 * len(russian)
+def test_escapes_may_stand_beside_characters_as_they_are() -> None:
+    mixed = body(CHINESE)[:-2] + body(CHINESE, ascii_only=True)[13:]
+    assert tokens_of(mixed) == pytest.approx(2 * tokens_of(body(CHINESE)), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -71,19 +163,25 @@ def test_media_count_by_the_piece_and_not_by_their_length(part: Any, dump: Any) 
     data = base64.b64encode(bytes(range(256)) * 400).decode()
     two = json.loads(json.dumps([part, part]).replace("DATA", data))
     found = tokens_of(dump({"messages": [{"role": "user", "content": two}], "text": ENGLISH}))
-    assert found == pytest.approx(len(ENGLISH) / 4 + 2 * TOKENS_PER_MEDIUM, rel=0.1)
+    text = tokens_of(body(ENGLISH))
+    assert found == pytest.approx(text + 2 * TOKENS_PER_MEDIUM, rel=0.04)
 
 
 def test_text_that_only_speaks_of_base64_is_text() -> None:
     text = 'data:image/png;base64, and "data": "' + ENGLISH * 3
-    assert tokens_of(body(text)) == pytest.approx(len(text) / 4, rel=0.05)
+    assert tokens_of(body(text)) == pytest.approx(3 * tokens_of(body(ENGLISH)), rel=0.1)
     text = "data:image/png;base64," + ENGLISH * 3
-    assert tokens_of(body(text)) == pytest.approx(len(text) / 4, rel=0.05)
+    assert tokens_of(body(text)) == pytest.approx(3 * tokens_of(body(ENGLISH)), rel=0.1)
 
 
 @given(st.binary(max_size=4096))
 def test_any_bytes_have_at_least_one_token_and_not_more_than_bytes(data: bytes) -> None:
     assert 1 <= tokens_of(data) <= max(1, len(data)) + TOKENS_PER_MEDIUM
+
+
+def test_media_alone_are_more_than_nothing() -> None:
+    data = base64.b64encode(bytes(3000)).decode()
+    assert tokens_of(body(f"data:image/png;base64,{data}")) == TOKENS_PER_MEDIUM
 
 
 @given(st.text(max_size=600), st.booleans())
@@ -135,7 +233,7 @@ async def test_a_call_that_is_long_is_estimated_once() -> None:
     call = Harness().call({"model": MODEL, "content": ENGLISH * 10})
     first = estimate_input(call)
     call.body = b"x" * len(call.body or b"")
-    assert estimate_input(call) == first > 10 * len(ENGLISH) / 5
+    assert estimate_input(call) == first > 10 * len(ENGLISH) / 6
 
 
 async def test_embeddings_have_no_output_and_an_unread_body_no_input() -> None:
