@@ -173,12 +173,17 @@ class Database:
         return True
 
     def _answer(self, connection: sqlite3.Connection, work: Work, answer: Future[Any]) -> None:
+        is_wanted = (
+            answer.set_running_or_notify_cancel()
+        )  # its asker may be gone; it is done anyway
         try:
             result = _in_transaction(connection, [work])
         except BaseException as error:
-            answer.set_exception(error)
+            if is_wanted:
+                answer.set_exception(error)
         else:
-            answer.set_result(result)
+            if is_wanted:
+                answer.set_result(result)
 
     def _write(self, connection: sqlite3.Connection, posted: Sequence[Work]) -> None:
         """All of them in one transaction; when one fails, each in its own."""
@@ -215,8 +220,9 @@ def _in_transaction(connection: sqlite3.Connection, works: Sequence[Work]) -> An
     try:
         for work in works:
             result = work(connection)
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite may have rolled it back itself: a full disk
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
     return result

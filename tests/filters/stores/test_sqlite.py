@@ -70,6 +70,39 @@ async def test_error_of_what_is_asked_is_the_asker_s_and_changes_nothing(tmp_pat
     await database.close()
 
 
+async def test_asker_that_goes_away_harms_nobody(tmp_path: Path) -> None:
+    database = Database(tmp_path / "a.db", SCHEMA)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(connection: sqlite3.Connection) -> None:
+        held.set()
+        go_on.wait(10)
+
+    holding = asyncio.create_task(database.ask(hold))
+    waiting = asyncio.create_task(database.ask(insert(1)))
+    await asyncio.to_thread(held.wait, 10)
+    for task in (holding, waiting):
+        task.cancel()
+    await asyncio.wait((holding, waiting))
+    go_on.set()
+    assert await database.ask(count) == 1
+    await database.close()
+
+
+async def test_commit_that_fails_leaves_no_transaction_open(tmp_path: Path) -> None:
+    schema = (
+        "CREATE TABLE IF NOT EXISTS parents (id INTEGER PRIMARY KEY)",
+        "CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, text TEXT, parent INTEGER "
+        "REFERENCES parents (id) DEFERRABLE INITIALLY DEFERRED)",
+        "PRAGMA foreign_keys=ON",
+    )
+    database = Database(tmp_path / "a.db", schema)
+    with pytest.raises(sqlite3.IntegrityError):
+        await database.ask(lambda each: each.execute("INSERT INTO rows VALUES (1, 'x', 7)"))
+    assert await database.ask(count) == 0
+    await database.close()
+
+
 async def test_too_much_is_dropped_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
