@@ -1,0 +1,192 @@
+"""Records of calls in a SQLite file: one row each, added up by SQL when somebody asks.
+
+Money is exact: it stands as decimal text and is added as `Decimal`; SQLite's own sum would be a
+float. Several processes may write the same file, and others read it meanwhile (WAL).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from decimal import Decimal
+from pathlib import Path
+from urllib.parse import quote
+
+from filters.algo.usage_report import EXACT, NOTHING, SLOT_S, TIMES, Line, Query
+from filters.stores.ledger import NoLedger, NotWritten, Record, sayable, tokens_of
+from filters.stores.sqlite import Database, open_database
+from sidecar.api import Kit
+
+NAME = "ledger.db"
+
+COLUMNS = (
+    *("time_ms", "id", "team", "key_id", "endpoint", "model", "upstream", "upstream_model"),
+    *("status", "outcome", "cached", "is_side", "is_estimated"),
+    *("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens"),
+    *("cache_write_1h_tokens", "reasoning_tokens", "reported_input_tokens"),
+    *("reported_output_tokens", "lost_input_tokens", "lost_output_tokens"),
+    *("cost", "currency", "attempts", "total_ms"),
+)
+SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS calls (
+        time_ms INTEGER NOT NULL,
+        id TEXT NOT NULL,
+        team TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
+        model TEXT NOT NULL,
+        upstream TEXT NOT NULL,
+        upstream_model TEXT NOT NULL,
+        status INTEGER NOT NULL,
+        outcome TEXT NOT NULL,
+        cached TEXT NOT NULL,
+        is_side INTEGER NOT NULL,
+        is_estimated INTEGER NOT NULL,
+        input_tokens INTEGER NOT NULL,
+        output_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL,
+        cache_write_tokens INTEGER NOT NULL,
+        cache_write_1h_tokens INTEGER NOT NULL,
+        reasoning_tokens INTEGER NOT NULL,
+        reported_input_tokens INTEGER NOT NULL,
+        reported_output_tokens INTEGER NOT NULL,
+        lost_input_tokens INTEGER NOT NULL,
+        lost_output_tokens INTEGER NOT NULL,
+        cost TEXT,
+        currency TEXT,
+        attempts INTEGER NOT NULL,
+        total_ms INTEGER NOT NULL
+    )""",
+    "CREATE INDEX IF NOT EXISTS calls_by_time ON calls (time_ms)",
+)
+INSERT = f"INSERT INTO calls ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+PRUNE_STEP = 1_000
+"""Rows; a few milliseconds."""
+PRUNE = "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time_ms < ? LIMIT ?)"
+
+READ_PATIENCE_S = 5.0
+"""So long a reader waits for one who writes at that moment."""
+
+_NAMES = {"key": "key_id"} | dict.fromkeys(TIMES, f"time_ms / {SLOT_S * 1000} * {SLOT_S}")
+_OF_CALLS = "SUM(CASE WHEN is_side THEN 0 ELSE {} END)"
+_SUMS = (
+    "SUM(NOT is_side)",
+    "SUM(cached != '')",
+    _OF_CALLS.format("input_tokens"),
+    _OF_CALLS.format("output_tokens"),
+    _OF_CALLS.format("cached_tokens"),
+    _OF_CALLS.format("cache_write_tokens"),
+    _OF_CALLS.format("cache_write_1h_tokens"),
+    _OF_CALLS.format("reasoning_tokens"),
+    _OF_CALLS.format("is_estimated"),
+    "SUM(CASE WHEN cached != '' THEN input_tokens ELSE 0 END)",
+    "SUM(CASE WHEN cached != '' THEN output_tokens ELSE 0 END)",
+    _OF_CALLS.format("reported_input_tokens"),
+    _OF_CALLS.format("reported_output_tokens"),
+    "SUM(lost_input_tokens)",
+    "SUM(lost_output_tokens)",
+    "SUM(is_side)",
+    "SUM(CASE WHEN is_side THEN input_tokens ELSE 0 END)",
+    "SUM(CASE WHEN is_side THEN output_tokens ELSE 0 END)",
+)
+"""As `MEASURES` of the report."""
+
+
+def open_disk_ledger(kit: Kit) -> DiskLedger:
+    """The file in the data directory, opened now. Raises OSError when it cannot be used."""
+    return DiskLedger(open_database(kit, NAME, SCHEMA))
+
+
+class DiskLedger:
+    """Writes rows; a `filters.stores.ledger.Writer`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def write(self, records: Sequence[Record], keep_days: int) -> None:
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.executemany(INSERT, map(_row, records))
+
+        try:
+            await self._database.ask(insert)
+        except sqlite3.OperationalError as error:  # locked, full, read-only: it may pass
+            raise NotWritten(str(error)) from error
+
+    async def prune(self, before_s: float) -> bool:
+        def delete(connection: sqlite3.Connection) -> int:
+            return connection.execute(PRUNE, (int(before_s * 1000), PRUNE_STEP)).rowcount
+
+        return await self._database.ask(delete) == PRUNE_STEP
+
+    def __repr__(self) -> str:
+        return f"<DiskLedger {self._database!r}>"
+
+
+def _row(record: Record) -> tuple[object, ...]:
+    """`COLUMNS` of it. In the thread."""
+    usage, reported, lost = tokens_of(record)
+    cost = record.cost
+    return (
+        int(record.time_s * 1000),
+        *(sayable(record.id), record.team, record.key_id, record.endpoint),
+        *(sayable(record.model), record.upstream, sayable(record.upstream_model)),
+        *(record.status, str(record.outcome), record.cached, record.is_side, usage.is_estimated),
+        *(usage.input, usage.output, usage.cached, usage.cache_write, usage.cache_write_1h),
+        *(usage.reasoning, reported.input, reported.output, lost.input, lost.output),
+        None if cost is None else format(cost.amount, "f"),
+        None if cost is None else cost.currency,
+        *(record.attempts, round(record.total_s * 1000)),
+    )
+
+
+# Reading
+
+
+class _ExactSum:
+    """An aggregate for SQL: adds decimal text; the result is decimal text, too."""
+
+    def __init__(self) -> None:
+        self._sum = NOTHING
+
+    def step(self, amount: str | None) -> None:
+        if amount is not None:
+            self._sum = EXACT.add(self._sum, Decimal(amount))
+
+    def finalize(self) -> str:
+        return format(self._sum, "f")
+
+
+def read_disk(data_dir: Path, query: Query) -> Iterator[Line]:
+    """The lines of the file in `data_dir`, read beside whoever writes. Raises NoLedger."""
+    path = data_dir / NAME
+    if not path.exists():
+        raise NoLedger(f"{path}: there is no ledger yet: `sidecar run` begins it with its start")
+    sql, values = _select(query)
+    try:
+        where = f"file:{quote(str(path.resolve()))}?mode=ro"
+        with closing(sqlite3.connect(where, uri=True, timeout=READ_PATIENCE_S)) as connection:
+            # typeshed has it that aggregates are of integers.
+            connection.create_aggregate("exact_sum", 1, _ExactSum)  # type: ignore[arg-type]
+            found = connection.execute(sql, values).fetchall()
+    except sqlite3.Error as error:
+        raise NoLedger(f"{path}: it cannot be read: {error}") from error
+    count = len(query.by)
+    for row in found:
+        yield Line(row[:count], row[count], Decimal(row[count + 1]), row[count + 2 :])
+
+
+def _select(query: Query) -> tuple[str, list[object]]:
+    names = [_NAMES.get(each, each) for each in query.by]
+    wheres = ["time_ms >= ?", "time_ms < ?"]
+    values: list[object] = [query.since_s * 1000, query.until_s * 1000]
+    for column, value in (("team", query.team), ("model", query.model)):
+        if value is not None:
+            wheres.append(f"{column} = ?")
+            values.append(value)
+    groups = ", ".join(str(number) for number in range(1, len(names) + 2))
+    sql = (
+        f"SELECT {', '.join(names)}, currency, exact_sum(cost), {', '.join(_SUMS)} "
+        f"FROM calls WHERE {' AND '.join(wheres)} GROUP BY {groups}"
+    )
+    return sql, values
