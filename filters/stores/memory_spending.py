@@ -1,0 +1,286 @@
+"""Spending that one process counts, kept in a file if there is one: a microsecond a decision.
+
+Processes that have the same file open share their budgets. Each has a row of its own for each
+account, writes the whole of what it knows into it (a row that got lost is made good by the next)
+and reads the others' every `READ_S`. Between two looks it does not see what they spend and reserve:
+by so much they may overrun a budget together. Rows of processes that are gone keep what was spent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from filters.stores.rules import WhenDown
+from filters.stores.spending import Account, Crossed, Level, Line
+from sidecar.api import Kit, Timer
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+    from filters.stores.sqlite import Database
+
+log = logging.getLogger(__name__)
+
+WRITE_S = 0.02
+"""So long changes wait for more of them: a process that is killed loses no more, but for what the
+thread gathers, which is as much again."""
+READ_S = 1.0
+LEASE_S = 10.0
+"""What a process has reserved counts for so long since it wrote; it writes every `READ_S`."""
+KEEP_S = 86_400
+"""So long after its period an account may still be settled."""
+MAX_ACCOUNTS = 20_000
+"""Further ones are counted together: whose keys are the callers', these could be any number."""
+OTHERS = "others"
+
+SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS spending (
+        account TEXT NOT NULL,
+        writer TEXT NOT NULL,
+        ends_at INTEGER NOT NULL,
+        spent INTEGER NOT NULL,
+        reserved INTEGER NOT NULL,
+        told_at REAL NOT NULL,
+        PRIMARY KEY (account, writer)
+    ) WITHOUT ROWID""",
+)
+WRITE = "INSERT OR REPLACE INTO spending VALUES (?, ?, ?, ?, ?, ?)"
+READ = """SELECT account, sum(spent), sum(CASE WHEN told_at > ? THEN reserved ELSE 0 END)
+    FROM spending WHERE ends_at > ? AND writer <> ? GROUP BY account"""
+PRUNE = "DELETE FROM spending WHERE ends_at < ?"
+
+NOTHING = Level(0, 0)
+
+
+class Sum:
+    """One account: what this process knows of it."""
+
+    __slots__ = ("account", "others", "reserved", "spent")
+
+    def __init__(self, account: Account, others: Level) -> None:
+        self.account = account
+        self.spent = 0
+        self.reserved = 0
+        self.others = others
+        """Spent and reserved by others, and before this process began."""
+
+
+class MemoryHeld:
+    """Reserved of the sums of this process, and settled there."""
+
+    __slots__ = ("_amounts", "_purse", "totals")
+
+    def __init__(self, purse: MemoryPurse, amounts: Sequence[int], totals: Sequence[int]) -> None:
+        self._purse: MemoryPurse | None = purse
+        self._amounts = amounts
+        self.totals = totals
+
+    def settle(self, amounts: Sequence[int]) -> None:
+        purse, self._purse = self._purse, None
+        if purse is not None:
+            purse.settle(self._amounts, amounts)
+
+
+class MemoryPurse:
+    """What one kind of calls is counted in."""
+
+    __slots__ = ("_spending", "_sums")
+
+    def __init__(self, spending: MemorySpending, sums: Sequence[Sum]) -> None:
+        self._spending = spending
+        self._sums = sums
+
+    async def reserve(
+        self, amounts: Sequence[int], lines: Sequence[Line], when_down: WhenDown
+    ) -> MemoryHeld | Crossed:
+        return self.reserve_now(amounts, lines)
+
+    def reserve_now(self, amounts: Sequence[int], lines: Sequence[Line]) -> MemoryHeld | Crossed:
+        """`Purse.reserve`, without waiting for anything. The amounts must not change afterwards."""
+        spending, sums = self._spending, self._sums
+        totals = []
+        index = 0
+        for each in sums:
+            own = each.spent + each.reserved + amounts[index]
+            others = each.others
+            totals.append((own + others.spent + others.reserved) * spending.sharers)
+            index += 1  # noqa: SIM113 - `enumerate` takes twice as long
+        for number, (account, most) in enumerate(lines):
+            if totals[account] > most:
+                return Crossed(number, self._level(sums[account]))
+        index = 0
+        for each in sums:
+            each.reserved += amounts[index]
+            index += 1  # noqa: SIM113
+        if spending.is_kept:
+            spending.changed(sums)
+        return MemoryHeld(self, amounts, totals)
+
+    def settle(self, reserved: Sequence[int], amounts: Sequence[int]) -> None:
+        """What was reserved is over, and so much was spent."""
+        for each, less, more in zip(self._sums, reserved, amounts, strict=True):
+            each.reserved -= less
+            each.spent += more
+        if self._spending.is_kept:
+            self._spending.changed(self._sums)
+
+    async def levels(self) -> list[Level]:
+        return [self._level(each) for each in self._sums]
+
+    def _level(self, each: Sum) -> Level:
+        others, sharers = each.others, self._spending.sharers
+        spent = (each.spent + others.spent) * sharers
+        return Level(spent, (each.reserved + others.reserved) * sharers)
+
+
+class MemorySpending:
+    """Counts what this process spends; with a file, also what is spent beside and was before it."""
+
+    def __init__(self, kit: Kit, database: Database | None) -> None:
+        self._clock = kit.clock
+        self._tasks = kit.tasks
+        self._database = database
+        self._writer = uuid.uuid4().hex[:16]
+        self._sums: dict[str, Sum] = {}
+        self._others: dict[str, Level] = {}
+        self._changed: dict[str, Sum] = {}
+        self._write_timer: Timer | None = None
+        self._read_timer: Timer | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._version = 0
+        self._is_loaded = False
+        self._has_failed = False
+        self.is_kept = database is not None
+        self.sharers = 1 if self.is_kept else max(1, kit.workers)
+        """So many processes spend as much as this one, as far as it knows: they see nothing of each
+        other."""
+
+    async def load(self) -> None:
+        if self._is_loaded:
+            return
+        self._is_loaded = True
+        database = self._database
+        if database is None:
+            log.warning("budget_not_kept", extra={"hint": "set data_dir, or a store, to keep it"})
+            return
+        old = self._clock.wall() - KEEP_S
+        database.post(lambda connection: connection.execute(PRUNE, (old,)))
+        await self._read(database)
+        self._read_later()
+
+    def purse(self, accounts: Sequence[Account]) -> MemoryPurse:
+        return MemoryPurse(self, [self._sum(account) for account in accounts])
+
+    async def close(self) -> None:
+        """Hand over what was not written yet; the database writes it before it closes."""
+        for timer in (self._write_timer, self._read_timer):
+            if timer is not None:
+                timer.cancel()
+        reading = self._reading
+        if reading is not None:
+            reading.cancel()
+            await asyncio.wait((reading,))
+        if self._database is not None:
+            self._write()
+
+    def _sum(self, account: Account) -> Sum:
+        found = self._sums.get(account.key)
+        if found is None:
+            if len(self._sums) >= MAX_ACCOUNTS:
+                self._sweep()
+            if len(self._sums) >= MAX_ACCOUNTS:
+                # What is counted, and the period, stand in front.
+                what, period, _ = account.key.split("|", 2)
+                account = Account(f"{what}|{period}|{OTHERS}", account.ends_at)
+            found = self._sums.get(account.key)
+        if found is None:
+            found = Sum(account, self._others.get(account.key, NOTHING))
+            self._sums[account.key] = found
+        return found
+
+    def _sweep(self) -> None:
+        """Drop what is over."""
+        now = self._clock.wall()
+        self._sums = {
+            key: each
+            for key, each in self._sums.items()
+            if each.account.ends_at > now or each.reserved
+        }
+
+    # The file
+
+    def changed(self, sums: Sequence[Sum]) -> None:
+        """Write these soon."""
+        changed = self._changed
+        for each in sums:
+            changed[each.account.key] = each
+        if self._write_timer is None:
+            self._write_timer = self._clock.call_later(WRITE_S, self._write)
+
+    def _write(self) -> None:
+        self._write_timer = None
+        changed, self._changed = self._changed, {}
+        if not changed or self._database is None:
+            return
+        now = self._clock.wall()
+        rows = [
+            (key, self._writer, each.account.ends_at, each.spent, each.reserved, now)
+            for key, each in changed.items()
+        ]
+        if not self._database.post(lambda connection: connection.executemany(WRITE, rows)):
+            self._changed = changed  # with the next change, or the next look
+
+    def _read_later(self) -> None:
+        self._read_timer = self._clock.call_later(READ_S, self._look)
+
+    def _look(self) -> None:
+        """Renew what says that this process lives, and see what others have spent."""
+        self._read_later()
+        under_way = [each for each in self._sums.values() if each.reserved]
+        if under_way or self._changed:
+            self.changed(under_way)
+        if self._reading is None and self._database is not None:
+            self._reading = self._tasks.start(self._read_again(), name="budgets: read")
+
+    async def _read_again(self) -> None:
+        database = self._database
+        assert database is not None, "there is no file to read"
+        try:
+            await self._read(database)
+        except Exception as error:  # locked for seconds; a disk that has gone
+            if not self._has_failed:
+                log.warning("budgets_not_read", extra={"error": str(error)})
+            self._has_failed = True
+        else:
+            self._has_failed = False
+        finally:
+            self._reading = None
+
+    async def _read(self, database: Database) -> None:
+        now, version = self._clock.wall(), self._version
+        # Reservations of a process that died must be seen to run out.
+        if any(each.reserved for each in self._others.values()):
+            version = 0
+
+        def read(connection: Connection) -> tuple[int, list[Any]] | None:
+            (found,) = connection.execute("PRAGMA data_version").fetchone()
+            if found == version:  # no other process has written
+                return None
+            arguments = (now - LEASE_S, now - KEEP_S, self._writer)
+            return found, connection.execute(READ, arguments).fetchall()
+
+        answer = await database.ask(read)
+        if answer is None:
+            return
+        self._version, rows = answer
+        self._others = {key: Level(spent, reserved) for key, spent, reserved in rows}
+        for key, each in self._sums.items():
+            each.others = self._others.get(key, NOTHING)
+
+    def __repr__(self) -> str:
+        where = self._database.path.name if self._database is not None else "memory"
+        return f"<MemorySpending {where} accounts={len(self._sums)}>"
