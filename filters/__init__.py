@@ -2,10 +2,15 @@
 
 BUILTIN = {
     "access_log": "filters.access_log:AccessLog",
+    "budget": "filters.budget:Budget",
+    "cache": "filters.cache:Cache",
     "circuit_breaker": "filters.circuit_breaker:CircuitBreaker",
+    "cost": "filters.cost:CallCost",
     "hedge": "filters.hedge:Hedge",
+    "ledger": "filters.ledger:Ledger",
     "metrics": "filters.metrics:CallMetrics",
     "priority_queue": "filters.priority_queue:PriorityQueue",
+    "prompt_saver": "filters.prompt_saver:PromptSaver",
     "rate_limit": "filters.rate_limit:RateLimit",
     "request_id": "filters.request_id:RequestId",
     "retry": "filters.retry:RetryCalls",

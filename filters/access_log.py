@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import Any
 
-from sidecar.api import USAGE, Call, CallFilter, CallNext, End, Reply
+from sidecar.api import CACHED, COST, USAGE, Call, CallFilter, CallNext, End, Reply
 
 MAX_MODEL = 200
 """Characters of a model's name: it is the caller's text."""
@@ -58,4 +58,13 @@ class AccessLog(CallFilter):
         if usage is not None:
             line["input_tokens"] = usage.input
             line["output_tokens"] = usage.output
+            if usage.is_estimated:
+                line["is_estimated"] = True
+        cached = call.get(CACHED)
+        if cached is not None:
+            line["cached"] = cached
+        cost = call.get(COST)
+        if cost is not None:
+            line["cost"] = format(cost.amount, "f")
+            line["currency"] = cost.currency
         self.kit.access_log(line)

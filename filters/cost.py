@@ -101,10 +101,11 @@ class CallCost(CallFilter):
         call[PRICES] = charges
         call.on_end(partial(self._settle, call))
         reply = await call_next(call)
-        if USAGE in call and not reply.body.is_stream:
+        body = reply.body
+        if USAGE in call and not body.is_stream:
             cost = charges.charge(call)
             if cost is not None:
-                if call.attempts == 1 and reply.body.is_whole and SIDE_CALLS not in call:
+                if call.attempts < 2 and SIDE_CALLS not in call and body.is_whole:
                     call[COST] = cost  # nothing can come on top any more
                 call.put_reply_field(COST_HEADER, plain(cost.amount).encode())
                 call.put_reply_field(CURRENCY_HEADER, cost.currency.encode())

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from sidecar.api import (
+    CACHED,
     SHORT_SECONDS,
     USAGE,
     Call,
@@ -64,7 +65,9 @@ class CallMetrics(CallFilter):
             "llm_api_body_bytes", "Bytes of request and answer bodies.", (*PLACE, "direction")
         )
         self._tokens = make.counter(
-            "llm_api_tokens", "Tokens as reported by providers.", (*PLACE, "direction")
+            "llm_api_tokens",
+            "Tokens that calls took; cached ones take none.",
+            (*PLACE, "direction"),
         )
         self._open_here: Gauge = self._open.child(kit.team)
         self._overhead_here: Histogram = self._overhead.child()
@@ -92,7 +95,7 @@ class CallMetrics(CallFilter):
         series.bytes_in.value += call.bytes_in
         series.bytes_out.value += call.bytes_out
         usage = call.get(USAGE)
-        if usage is not None:
+        if usage is not None and CACHED not in call:
             series.tokens_in.value += usage.input
             series.tokens_out.value += usage.output
 

@@ -14,8 +14,9 @@ from filters.algo.estimate import bounds_output, estimate, takes_tokens
 from filters.algo.served import may_have_served
 from filters.stores.limits import Grant, MemoryMeter, Meter, Refusal, Rule, WhenDown, open_limits
 from sidecar.api import (
-    COMPLETED,
+    CACHED,
     LOST_USAGE,
+    REPORTED,
     USAGE,
     Call,
     CallFilter,
@@ -26,6 +27,7 @@ from sidecar.api import (
     Kit,
     Rejected,
     Reply,
+    Usage,
 )
 
 KINDS = {
@@ -38,8 +40,7 @@ KINDS = {
 MINUTE_S = 60.0
 LONG_WAIT_S = 120.0
 """A longer one, of a budget in debt, is nothing to sleep through: SDKs are told not to."""
-BYTES_PER_TOKEN = 4
-"""An answer that broke off has at most so many tokens: what came, and no framing."""
+NOTHING = Usage()
 MAX_PLANS = 4096
 
 
@@ -171,15 +172,22 @@ class TokenBudget(CallFilter):
         """Put what the call took in the place of what was reserved for it."""
         usage, lost = call.get(USAGE), call.get(LOST_USAGE)
         tokens_in = tokens_out = guessed_in = guessed_out = 0
-        if call.attempts and usage is not None:
-            tokens_in, tokens_out = usage.input, usage.output
-            books = self._reported
+        if not call.attempts or CACHED in call:
+            self._refunds.value += 1
+        elif usage is not None:
+            reported = usage
+            if usage.is_estimated:  # of an answer that was cut, a part may have been reported
+                reported = call.get(REPORTED, NOTHING)
+                guessed_in, guessed_out = (
+                    usage.input - reported.input,
+                    usage.output - reported.output,
+                )
+            tokens_in, tokens_out = reported.input, reported.output
+            books = self._estimated if reported is NOTHING else self._reported
             books.settled.value += 1
-            books.input.value += tokens_in
-            books.output.value += tokens_out
-            if end.outcome is not COMPLETED:
-                guessed_out = _unseen(tokens_out, reserved_out, call.bytes_out)
-        elif call.attempts and may_have_served(end):
+            self._reported.input.value += tokens_in
+            self._reported.output.value += tokens_out
+        elif may_have_served(end):
             guessed_in, guessed_out = reserved_in, reserved_out
             self._estimated.settled.value += 1
             if lost is None:  # the reservation stands
@@ -266,10 +274,3 @@ class Books(NamedTuple):
     settled: Counter
     input: Counter
     output: Counter
-
-
-def _unseen(tokens_out: int, reserved_out: int, bytes_out: int) -> int:
-    """Output of an answer that broke off, beyond what was reported of it: Anthropic's streams begin
-    with a report, and what came after it was never counted. So the bytes that came count, up to
-    what was reserved."""
-    return max(0, min(reserved_out, bytes_out // BYTES_PER_TOKEN) - tokens_out)

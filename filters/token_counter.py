@@ -1,33 +1,226 @@
-"""What a call used, as its provider reports it."""
+"""What a call used: as its provider reports it, or counted here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Awaitable, Sequence
 
-from sidecar.api import USAGE, Call, CallFilter, CallNext, Event, Reply, Usage
+from pydantic import NonNegativeInt
+
+from filters.algo.include_usage import MARK, UsageRemover, ask_for_usage
+from filters.algo.served import may_have_served
+from filters.algo.texts import READ_BYTES, count_answer, count_request
+from filters.algo.tokens import Vocabularies
+from sidecar.api import (
+    CACHED,
+    COMPLETED,
+    REPORTED,
+    USAGE,
+    Call,
+    CallFilter,
+    CallNext,
+    Decoder,
+    End,
+    Event,
+    FilterConfig,
+    JsonEvent,
+    Kit,
+    Reply,
+    Usage,
+)
+
+JSON = "application/json"
+ASKS = frozenset({"chat_completions", "completions"})
+"""Endpoints whose streams report usage when asked to."""
+MAX_JSON_BYTES = 1024 * 1024
+"""An answer that is no stream is waited for until it is so long: its usage stands at the end."""
+MAX_KEPT_BYTES = 64 * 1024 * 1024
+"""The same of all answers together; of further ones only the length is known."""
 
 
 class TokenCounter(CallFilter):
-    """Reads `usage` from replies and streams and leaves it on the call for other filters.
+    """Leaves what a call used on it, for log, metrics, limits, cost and budgets.
 
-    Switch it on for token counts in log and metrics. Place it inside of those who read them at the
-    end of the call. It changes nothing: a stream whose provider reports no usage has none.
+    Switch it on for token counts: of every answer, in every dialect, streams included. OpenAI-like
+    upstreams are asked to report usage in streams, and callers that did not ask never see it. Where
+    no usage is reported, or an answer is cut, tokens are counted here and marked as estimated.
+    Place it inside of those who read the figures, and before `cache`.
     """
+
+    class Config(FilterConfig):
+        ask_for_usage: bool = True
+        """Have OpenAI-like upstreams report usage in streams (`stream_options.include_usage`)."""
+        count_missing: bool = True
+        """Count tokens that no provider reports."""
+        max_vocabularies: NonNegativeInt = 2
+        """Vocabularies in memory, 24 to 50 MB each, loaded when first needed (extra `tokens`);
+        further models are estimated. 0: all are."""
+
+    class UpstreamConfig(FilterConfig):
+        ask_for_usage: bool = True
+        """false for an upstream that refuses `stream_options`."""
 
     gives = frozenset({USAGE})
     taps_events = True
 
-    async def handle(self, call: Call, call_next: CallNext) -> Reply:
-        reply = await call_next(call)
-        if reply.status == 200 and call.endpoint.has_model:
-            read = partial(_count, call, call.dialect.usage)
-            reply.body.tap_events(read, containing=b'"usage"')
+    config: Config
+
+    def __init__(self, config: Config, kit: Kit) -> None:
+        super().__init__(config, kit)
+        self._refusing = frozenset(
+            name for name, each in kit.upstreams.items() if not each.ask_for_usage
+        )
+        self._kept: Kept = kit.resources.get(("token_counter",), Kept)
+        self._vocabularies = kit.resources.get(
+            ("vocabularies", config.max_vocabularies),
+            lambda: Vocabularies(config.max_vocabularies),
+        )
+
+    def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
+        if not call.endpoint.has_model:
+            return call_next(call)
+        return self._count(call, call_next)
+
+    async def _count(self, call: Call, call_next: CallNext) -> Reply:
+        hides_usage = (
+            call.is_stream
+            and call.endpoint.name in ASKS
+            and call.dialect.name == "openai"
+            and self.config.ask_for_usage
+            and not (self._refusing and self._refuses(call))
+            and ask_for_usage(call)
+        )
+        try:
+            reply = await call_next(call)
+        except BaseException:
+            call.on_end(Count(self, call, "").ended)  # its provider may have read the prompt
+            raise
+        if reply.status != 200:
+            return reply
+        body = reply.body
+        if call.get(CACHED) == "hit":
+            if hides_usage and body.is_stream:
+                body.map(UsageRemover())
+            return reply
+        is_json = body.media_type == JSON and not body.encoding
+        if is_json and body.is_whole:
+            if USAGE not in call:  # read already, as several calls share the answer
+                self._read_whole(call, body.peek())
+            return reply
+        count = Count(self, call, body.media_type)
+        call.on_end(count.ended)
+        if not body.is_stream:
+            await body.wait_for(MAX_JSON_BYTES)
+            if is_json and body.is_whole:
+                self._read_whole(call, body.peek())
+                return reply
+        body.tap_bytes(count.see)
+        body.tap_events(count.read, containing=MARK)
+        if hides_usage:
+            body.map(UsageRemover())
         return reply
 
-
-def _count(call: Call, read: Callable[[Event, Usage | None], Usage | None], event: Event) -> None:
-    before = call.get(USAGE)
-    usage = read(event, before)
-    if usage is not before and usage is not None:
+    def _read_whole(self, call: Call, data: bytes) -> None:
+        """The whole answer, before anybody has it."""
+        event = JsonEvent(data)
+        usage = call.dialect.usage(event, None) if MARK in data else None
+        if usage is None:
+            if b"error" in data and call.dialect.error_in(event) is not None:
+                usage = Usage()  # Qianfan refuses with a 200
+            elif self.config.count_missing:
+                usage = self.counted(call, (data[:READ_BYTES],), JSON, len(data))
+            else:
+                return
         call[USAGE] = usage
+
+    def _refuses(self, call: Call) -> bool:
+        targets = (call.target,) if call.target is not None else call.targets
+        return any(each.upstream.name in self._refusing for each in targets)
+
+    def counted(self, call: Call, pieces: Sequence[bytes], media_type: str, size: int) -> Usage:
+        """What an answer of `size` bytes took, of which these are the first."""
+        target = call.target or (call.targets[0] if call.targets else None)
+        model = (target.model if target is not None else None) or call.model or ""
+        vocabularies = self._vocabularies
+        return Usage(
+            input=count_request(call, model, vocabularies),
+            output=count_answer(call.dialect.name, model, pieces, media_type, size, vocabularies),
+            is_estimated=True,
+        )
+
+    async def stop(self) -> None:
+        await self._vocabularies.settled()
+
+
+class Kept:
+    """How many bytes of answers are kept at the moment."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Count:
+    """What is known of one call."""
+
+    __slots__ = ("_call", "_filter", "_kept", "_kept_bytes", "_media_type", "_seen", "_seen_then")
+
+    def __init__(self, counter: TokenCounter, call: Call, media_type: str) -> None:
+        self._filter = counter
+        self._call = call
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+        self._seen = 0  # bytes of the answer so far
+        self._seen_then = -1  # the same when usage was last reported
+        self._media_type = media_type
+
+    def see(self, data: bytes) -> None:
+        size = len(data)
+        self._seen += size
+        if self._kept_bytes < READ_BYTES:
+            total = self._filter._kept
+            if total.bytes < MAX_KEPT_BYTES:
+                self._kept.append(data)
+                self._kept_bytes += size
+                total.bytes += size
+
+    def read(self, event: Event) -> None:
+        call = self._call
+        before = call.get(USAGE)
+        usage = call.dialect.usage(event, before)
+        if usage is not before and usage is not None:
+            call[USAGE] = usage
+            self._seen_then = self._seen
+
+    def ended(self, end: End) -> None:
+        """Before those read the figures who stand outside."""
+        call, counter = self._call, self._filter
+        counter._kept.bytes -= self._kept_bytes
+        if CACHED in call or not counter.config.count_missing:
+            return
+        usage = call.get(USAGE)
+        if usage is not None and (end.outcome is COMPLETED or self._seen_then == self._seen):
+            return  # reported, and nothing came after it
+        if self._seen_then < 0 and usage is not None:
+            return  # told by somebody else, who has seen all of it
+        if not call.attempts or not may_have_served(end):
+            return
+        if end.outcome is COMPLETED and (end.status != 200 or self._begins_with_error()):
+            return
+        counted = counter.counted(call, self._kept, self._media_type, self._seen)
+        if usage is not None:
+            call[REPORTED] = usage
+            counted = usage._replace(
+                input=usage.input or counted.input,
+                output=max(usage.output, counted.output),
+                is_estimated=True,
+            )
+        call[USAGE] = counted
+
+    def _begins_with_error(self) -> bool:
+        """Whether the first event of a 200 is a refusal."""
+        begin = b"".join(self._kept[:4])
+        if b"error" not in begin:
+            return False
+        events = Decoder().feed(begin)
+        return bool(events) and self._call.dialect.error_in(events[0]) is not None

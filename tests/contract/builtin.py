@@ -11,6 +11,10 @@ from sidecar.api import Filter, Secret
 from tests.support.harness import Use
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "budget": {
+        "tokens_per_day": 1_000_000,
+        "limits": [{"tokens": 10, "per": "week", "then": "warn"}],
+    },
     "circuit_breaker": {"failure_threshold": 1000},  # calls must go on as before
     "priority_queue": {"max_in_flight": 10},
     "rate_limit": {"requests_per_minute": 1000, "burst": 100, "concurrency": 100},
@@ -22,6 +26,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 UPSTREAM_SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "circuit_breaker": {"plain": {}},
+    "cost": {"plain": {"provider": "openai"}},
+    "token_counter": {"plain": {}},
     "retry": {"plain": {}},
     "upstream_limits": {
         "configured": {"requests_per_minute": 1000, "tokens_per_minute": 10**6, "concurrency": 100},

@@ -14,6 +14,7 @@ from filters.algo.estimate import estimate_input
 from filters.token_budget import TokenBudget
 from filters.token_counter import TokenCounter
 from sidecar.api import (
+    CACHED,
     LOST_USAGE,
     USAGE,
     Call,
@@ -35,8 +36,12 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 EVENT = b'data: {"choices": [{"delta": {"content": "hi"}}]}\n\n'
 
 
-def budgeted(settings: dict[str, Any], *inner: type[Filter], **more: Any) -> Harness:
-    return Harness(Use(TokenBudget, settings), TokenCounter, *inner, **more)
+def budgeted(
+    settings: dict[str, Any], *inner: type[Filter], counts: bool = False, **more: Any
+) -> Harness:
+    """With usage as it is reported; with `counts`, also as it is counted here."""
+    counter = Use(TokenCounter, {"count_missing": counts})
+    return Harness(Use(TokenBudget, settings), counter, *inner, **more)
 
 
 def chat(harness: Harness, max_tokens: int | None = 100, **more: Any) -> Call:
@@ -89,8 +94,9 @@ async def test_without_a_budget_every_call_passes_untouched() -> None:
         (each, _) = harness.filters
         assert isinstance(each, TokenBudget)
         assert each.is_idle
+        made = len(harness.resources)
         assert (await harness.run()).client.status == 200
-        assert len(harness.resources) == 0
+        assert len(harness.resources) == made
 
 
 async def test_five_parallel_calls_never_spend_six_times_the_budget() -> None:
@@ -378,7 +384,7 @@ async def test_a_stream_that_breaks_off_after_a_first_report_is_not_nearly_free(
         b'{"usage": {"input_tokens": 30, "output_tokens": 1}}}\n\n'
     )
     upstream = FakeUpstream(dialect=ANTHROPIC)
-    async with budgeted({"tokens_per_minute": 10_000}, upstream=upstream) as harness:
+    async with budgeted({"tokens_per_minute": 10_000}, counts=True, upstream=upstream) as harness:
         harness.upstream.answer = harness.upstream.stream(first)
         body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 2000}
         run = harness.start(harness.call(body, path="/v1/messages"))
@@ -390,10 +396,34 @@ async def test_a_stream_that_breaks_off_after_a_first_report_is_not_nearly_free(
         assert tokens(harness, "input") == 30
         assert tokens(harness, "output") == 1  # as it was reported
         guessed = tokens(harness, "output", "estimated")
-        assert 1 + guessed == run.call.bytes_out // 4
-        assert 40 * 4 < guessed < 2000
-        assert books(harness)["reported"] == 1
+        assert 1 + guessed == run.call[USAGE].output
+        assert guessed > 60  # forty times "four word text"
         assert await room(harness, 10_000) == 10_000 - 30 - 1 - guessed
+
+
+async def test_answer_that_was_counted_here_is_settled_as_estimated() -> None:
+    async with budgeted({"tokens_per_minute": 10_000}, counts=True) as harness:
+        harness.upstream.answer = harness.upstream.whole(
+            b'{"choices":[{"message":{"content":"x"}}]}'
+        )
+        run = await harness.run(chat(harness, 300))
+        usage = run.call[USAGE]
+        assert (tokens(harness, "input"), tokens(harness, "output")) == (0, 0)
+        assert tokens(harness, "input", "estimated") == usage.input
+        assert tokens(harness, "output", "estimated") == usage.output
+        assert await room(harness, 10_000) == 10_000 - usage.input - usage.output
+
+
+async def test_call_that_a_cache_answered_takes_nothing() -> None:
+    class Cached(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            call[CACHED] = "hit"
+            call[USAGE] = Usage(30, 40)
+            return Reply.of(200, b"{}")
+
+    async with budgeted({"tokens_per_minute": 1000}, Cached) as harness:
+        await harness.run(chat(harness, 300))
+        assert await room(harness, 1000) == 1000
 
 
 async def test_tokens_of_attempts_that_were_given_up_count_on_top() -> None:

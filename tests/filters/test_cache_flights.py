@@ -1,0 +1,385 @@
+"""Identical calls share one upstream call, and none of them can spoil it for the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from filters.cache import Cache
+from filters.stores import flights
+from filters.token_counter import TokenCounter
+from sidecar.api import CACHED, USAGE, Attempt, Call, Outcome, Phase, Reply, Usage
+from tests.filters.test_cache import (
+    ANSWER,
+    DONE,
+    EVENTS,
+    TOOK,
+    USAGE_EVENT,
+    ask,
+    asking,
+    caching,
+    word,
+)
+from tests.support.harness import Harness, Run, broken
+
+WHOLE = b"".join([*EVENTS, DONE])
+
+
+@pytest.fixture
+async def harness() -> AsyncIterator[Harness]:
+    async with caching() as harness:
+        yield harness
+
+
+def held(harness: Harness) -> asyncio.Event:
+    """Let the upstream answer once this is set."""
+    go = asyncio.Event()
+
+    async def answer(attempt: Attempt) -> Reply:
+        await go.wait()
+        return Reply.of(200, ANSWER)
+
+    harness.upstream.answer = answer
+    return go
+
+
+async def turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def streaming(harness: Harness, count: int, **fields: Any) -> list[Run]:
+    return [harness.start(asking(harness, stream=True, **fields)) for _ in range(count)]
+
+
+async def begin(harness: Harness, count: int, first: bytes = EVENTS[0]) -> list[Run]:
+    """So many calls on one stream that has begun."""
+    harness.upstream.answer = harness.upstream.stream(first)
+    runs = streaming(harness, count)
+    for run in runs:
+        await run.begun()
+    return runs
+
+
+async def test_identical_calls_make_one_upstream_call_and_all_get_the_whole_answer(
+    harness: Harness,
+) -> None:
+    go = held(harness)
+    runs = [harness.start(asking(harness)) for _ in range(1000)]
+    await turns()
+    go.set()
+    for run in runs:
+        await run.ended()
+    assert len(harness.upstream.sent) == 1
+    assert {run.client.data for run in runs} == {ANSWER}
+    assert [word(run) for run in runs] == ["miss"] + ["join"] * 999
+
+
+async def test_one_of_them_pays(harness: Harness) -> None:
+    go = held(harness)
+    runs = [harness.start(asking(harness)) for _ in range(5)]
+    await turns()
+    go.set()
+    for run in runs:
+        await run.ended()
+    assert [run.call.attempts for run in runs] == [1, 0, 0, 0, 0]
+    assert [run.call.get(CACHED) for run in runs] == [None, *["join"] * 4]
+    assert {run.call[USAGE] for run in runs} == {TOOK}
+
+
+async def test_followers_join_the_live_stream_from_its_first_byte(harness: Harness) -> None:
+    (first,) = await begin(harness, 1)
+    harness.upstream.source.feed(EVENTS[1])
+    (late,) = streaming(harness, 1)
+    await late.begun()
+    await turns()
+    assert late.client.data == first.client.data == EVENTS[0] + EVENTS[1]
+    harness.upstream.source.feed(EVENTS[2])
+    assert late.client.data == first.client.data
+    harness.upstream.source.feed(USAGE_EVENT, DONE)
+    harness.upstream.source.finish()
+    await first.ended()
+    await late.ended()
+    assert late.client.data == first.client.data == WHOLE
+    assert len(harness.upstream.sent) == 1
+    assert (word(first), word(late)) == ("miss", "join")
+    assert first.call[USAGE] == late.call[USAGE] == TOOK
+    assert (CACHED in first.call, late.call[CACHED]) == (False, "join")
+
+
+async def test_leader_that_leaves_mid_stream_does_not_cut_the_followers(harness: Harness) -> None:
+    leader, follower = await begin(harness, 2)
+    leader.client_leaves()
+    await leader.ended()
+    assert not harness.upstream.source.is_aborted
+    harness.upstream.source.feed(*EVENTS[1:], USAGE_EVENT, DONE)
+    harness.upstream.source.finish()
+    assert (await follower.ended()).outcome is Outcome.COMPLETED
+    assert follower.client.data == WHOLE
+    assert word(await ask(harness, stream=True)) == "hit"
+
+
+async def test_next_one_pays_when_the_leader_leaves(harness: Harness) -> None:
+    leader, second, third = await begin(harness, 3)
+    leader.client_leaves()
+    await leader.ended()
+    harness.upstream.source.feed(*EVENTS[1:], USAGE_EVENT, DONE)
+    harness.upstream.source.finish()
+    await second.ended()
+    await third.ended()
+    assert [run.call.attempts for run in (leader, second, third)] == [0, 1, 0]
+    assert [run.call.get(CACHED) for run in (leader, second, third)] == ["join", None, "join"]
+    assert second.call[USAGE] == TOOK
+
+
+async def test_leader_that_leaves_before_the_first_byte_does_not_cut_the_followers(
+    harness: Harness,
+) -> None:
+    go = held(harness)
+    leader, follower = harness.start(asking(harness)), harness.start(asking(harness))
+    await turns()
+    leader.client_leaves()
+    await leader.ended()
+    go.set()
+    await follower.ended()
+    assert follower.client.data == ANSWER
+    assert (leader.call.attempts, follower.call.attempts) == (0, 1)
+    assert (leader.call[CACHED], CACHED in follower.call) == ("join", False)
+
+
+async def test_upstream_is_left_with_the_last_of_them(harness: Harness) -> None:
+    runs = await begin(harness, 3)
+    source = harness.upstream.source
+    for run in runs:
+        assert not source.is_aborted
+        run.client_leaves()
+        await run.ended()
+    assert source.is_aborted
+    assert [run.call.get(CACHED) for run in runs] == ["join", "join", None]
+    assert [run.call.attempts for run in runs] == [0, 0, 1]
+    assert runs[2].call[USAGE].is_estimated
+    await harness.settled()
+    (again,) = await begin(harness, 1)
+    assert word(again) == "miss"
+    again.client_leaves()
+    await again.ended()
+
+
+async def test_upstream_is_left_when_all_leave_before_it_answers(harness: Harness) -> None:
+    harness.upstream.answer = harness.upstream.silent()
+    runs = [harness.start(asking(harness)) for _ in range(2)]
+    await turns()
+    for run in runs:
+        run.client_leaves()
+        await run.ended()
+    await harness.settled()
+    assert [run.call.attempts for run in runs] == [0, 1]
+    assert runs[1].call[USAGE].is_estimated  # its provider may have read the prompt
+
+
+async def test_failure_reaches_all_of_them_and_is_asked_for_once(harness: Harness) -> None:
+    harness.upstream.answer = harness.upstream.failing(broken(Phase.HEAD))
+    runs = [harness.start(asking(harness)) for _ in range(3)]
+    for run in runs:
+        assert (await run.ended()).outcome is Outcome.UPSTREAM_FAILED
+    assert len(harness.upstream.sent) == 1
+    assert [run.call.attempts for run in runs] == [1, 0, 0]
+
+
+async def test_stream_that_breaks_off_breaks_off_for_all(harness: Harness) -> None:
+    runs = await begin(harness, 3)
+    harness.upstream.source.feed(EVENTS[1])
+    harness.upstream.source.fail()
+    for run in runs:
+        assert (await run.ended()).outcome is Outcome.UPSTREAM_FAILED
+        assert run.client.data == EVENTS[0] + EVENTS[1]
+        assert not run.client.is_complete
+    assert [CACHED in run.call for run in runs] == [False, True, True]
+
+
+async def test_deadline_of_the_first_is_not_the_others(harness: Harness) -> None:
+    held(harness)
+    hurried = harness.start(asking(harness, headers={"x-request-timeout": "0.05"}))
+    patient = harness.start(asking(harness))
+    await hurried.ended()
+    assert hurried.client.status == 504
+    harness.upstream.answer = harness.upstream.whole(ANSWER)
+    held(harness).set()
+    patient.client_leaves()
+    await patient.ended()
+
+
+async def test_deadline_of_a_follower_ends_only_its_own_wait(harness: Harness) -> None:
+    go = held(harness)
+    patient = harness.start(asking(harness))
+    await turns()
+    hurried = harness.start(asking(harness, headers={"x-request-timeout": "0.05"}))
+    assert (await hurried.ended()).outcome is Outcome.REJECTED
+    assert hurried.client.status == 504
+    go.set()
+    await patient.ended()
+    assert patient.client.data == ANSWER
+
+
+async def test_stream_and_whole_answer_are_asked_for_each(harness: Harness) -> None:
+    go = held(harness)
+    whole = harness.start(asking(harness))
+    streamed = harness.start(asking(harness, stream=True))
+    await turns()
+    assert len(harness.upstream.sent) == 2
+    go.set()
+    await whole.ended()
+    await streamed.ended()
+    assert (word(whole), word(streamed)) == ("miss", "miss")
+
+
+async def test_calls_do_not_share_if_told() -> None:
+    async with caching(single_flight=False) as harness:
+        go = held(harness)
+        runs = [harness.start(asking(harness)) for _ in range(3)]
+        await turns()
+        assert len(harness.upstream.sent) == 3
+        go.set()
+        for run in runs:
+            await run.ended()
+
+
+async def test_slow_reader_does_not_hold_up_the_others(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = await begin(harness, 2)
+    body = slow._body
+    assert body is not None
+    body.pause()
+    harness.upstream.source.feed(*EVENTS[1:])
+    assert fast.client.data == b"".join(EVENTS)
+    assert slow.client.data == EVENTS[0]
+    assert not harness.upstream.source.is_paused
+    harness.upstream.source.feed(USAGE_EVENT, DONE)
+    harness.upstream.source.finish()
+    await fast.ended()
+    assert slow.call.end is None
+    body.resume()
+    await slow.ended()
+    assert slow.client.data == fast.client.data == WHOLE
+    assert slow.client.is_complete
+
+
+async def test_upstream_waits_when_all_of_them_read_slowly(harness: Harness) -> None:
+    runs = await begin(harness, 2)
+    source = harness.upstream.source
+    bodies = [run._body for run in runs]
+    for body in bodies:
+        assert body is not None
+        assert not source.is_paused
+        body.pause()
+    assert source.is_paused
+    assert bodies[1] is not None
+    bodies[1].resume()
+    assert not source.is_paused
+    runs[1].client_leaves()  # the one that reads
+    await runs[1].ended()
+    assert source.is_paused
+    runs[0].client_leaves()
+    await runs[0].ended()
+
+
+async def test_reader_that_is_too_slow_is_cut_off_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flights, "SLACK_BYTES", 0)
+    async with caching(max_entry_bytes=2000) as harness:
+        slow, fast = await begin(harness, 2)
+        assert slow._body is not None
+        slow._body.pause()
+        for _ in range(20):
+            harness.upstream.source.feed(EVENTS[1])
+        end = await slow.ended()
+        assert end.outcome is Outcome.ABORTED
+        assert slow.client.error is not None
+        assert slow.client.error.code == "slow_reader"
+        harness.upstream.source.feed(DONE)
+        harness.upstream.source.finish()
+        assert (await fast.ended()).outcome is Outcome.COMPLETED
+        assert fast.client.data.count(EVENTS[1]) == 20
+        assert (CACHED in slow.call, CACHED in fast.call) == (True, False)
+
+
+async def test_payer_that_leaves_with_its_last_bytes_unread_pays_what_was_reported(
+    harness: Harness,
+) -> None:
+    (run,) = await begin(harness, 1)
+    assert run._body is not None
+    run._body.pause()
+    harness.upstream.source.feed(*EVENTS[1:], USAGE_EVENT, DONE)
+    harness.upstream.source.finish()
+    run.client_leaves()
+    await run.ended()
+    assert run.call[USAGE] == TOOK
+    assert run.call.attempts == 1
+
+
+async def test_answer_longer_than_may_be_kept_is_not_joined_any_more() -> None:
+    async with caching(max_entry_bytes=1500) as harness:
+        (first,) = await begin(harness, 1)
+        harness.upstream.source.feed(*[EVENTS[1]] * 20)
+        source = harness.upstream.source
+        (late,) = streaming(harness, 1)
+        await late.begun()
+        assert len(harness.upstream.sent) == 2
+        source.feed(DONE)
+        source.finish()
+        await first.ended()
+        assert first.client.data.count(EVENTS[1]) == 20
+        late.client_leaves()
+        await late.ended()
+
+
+async def test_all_recordings_together_are_bounded() -> None:
+    async with caching(max_bytes=3000, max_entry_bytes=3000) as harness:
+        (one,) = await begin(harness, 1)
+        source = harness.upstream.source
+        source.feed(*[EVENTS[1]] * 9)
+        harness.upstream.answer = harness.upstream.stream(EVENTS[0])
+        other = harness.start(asking(harness, "Another", stream=True))
+        await other.begun()
+        harness.upstream.source.feed(*[EVENTS[1]] * 9, DONE)
+        harness.upstream.source.finish()
+        await other.ended()
+        source.feed(DONE)
+        source.finish()
+        await one.ended()
+        assert other.client.data.count(EVENTS[1]) == 9
+        cache = next(each for each in harness.filters if isinstance(each, Cache))
+        assert cache._room.left == 3000
+
+
+async def test_nothing_is_left_when_all_is_over(harness: Harness) -> None:
+    runs = await begin(harness, 2)
+    harness.upstream.source.feed(*EVENTS[1:], DONE)
+    harness.upstream.source.finish()
+    for run in runs:
+        await run.ended()
+    await harness.settled()
+    cache = next(each for each in harness.filters if isinstance(each, Cache))
+    counter = next(each for each in harness.filters if isinstance(each, TokenCounter))
+    assert cache._flights == {}
+    assert cache._room.left == cache.config.max_bytes
+    assert counter._kept.bytes == 0
+
+
+async def test_usage_is_on_the_shared_call_for_those_inside(harness: Harness) -> None:
+    seen: list[Usage | None] = []
+    answer = harness.upstream.whole(ANSWER)
+
+    async def watched(attempt: Attempt) -> Reply:
+        call: Call = attempt.call
+        attempt.on_end(lambda end: seen.append(call.get(USAGE)))
+        return await answer(attempt)
+
+    harness.upstream.answer = watched
+    await ask(harness)
+    assert seen == [TOOK]
