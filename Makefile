@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast check format bench drill lock clean
+.PHONY: help run test test-fast check format bench bench-peers drill lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,8 +30,11 @@ format: $(VENV)/dev.stamp ## mend what can be mended
 	$(BIN)/ruff format -q sidecar filters bench drill tests
 	$(BIN)/ruff check -q --fix sidecar filters bench drill tests
 
-bench: $(VENV)/dev.stamp ## measure against nginx and Envoy; writes bench/RESULTS.md (5 minutes)
+bench: $(VENV)/dev.stamp ## measure against nginx and Envoy; writes bench/RESULTS.md (7 minutes)
 	$(BIN)/python -m bench
+
+bench-peers: $(VENV)/dev.stamp ## LiteLLM and Portkey, to measure beside it: 750 MB in bench/.tools
+	$(BIN)/python -m bench.peers
 
 drill: $(VENV)/dev.stamp ## faults for a minute: a provider that fails and falls, a store that restarts
 	$(BIN)/python -m drill

@@ -20,7 +20,7 @@ from time import perf_counter
 
 import uvloop
 
-from bench import figures, measure, report, signing
+from bench import economy, figures, measure, report, signing
 from bench.figures import QUICK, Plan, Results, tell
 from bench.load import RunFailed
 from bench.proxies import BENCH_CORE, PROXIES, Lane, Missing, pin_to_core
@@ -38,9 +38,13 @@ FIGURES = {
     "start": figures.start,
     "scale": figures.scale,
     "limits": figures.limits,
+    "cache": economy.cache,
+    "economy": economy.economy,
     "streams": figures.streams,
     "signing": signing.signing,
 }
+WITHOUT_ROWS = {"scale", "limits", "cache", "economy", "signing"}
+"""Figures of proxies of their own, or of none."""
 
 
 def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
@@ -79,12 +83,13 @@ def main() -> None:
 
     words += ["--first"] if options.first else []
 
+    proxies = ["sidecar-default"] if {*(options.only or FIGURES)} <= WITHOUT_ROWS else every_proxy
     try:
         text = uvloop.run(
             run(
                 plan=QUICK if options.quick else Plan(),
                 wanted_figures=options.only or list(FIGURES),
-                wanted_proxies=options.proxies or every_proxy,
+                wanted_proxies=options.proxies or proxies,
                 command=" ".join(words),
             )
         )

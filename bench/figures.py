@@ -62,6 +62,7 @@ class Plan:
     scale_calls: int = 3000
     scale_rounds: int = 3
     scale_count: int = 1000
+    peer_calls: int = 400  # a round of a gateway that takes milliseconds for one
     sign_rounds: int = 5
     sign_attempts: int = 2000
     repeat_s: float = 60.0  # for rounds that other work of the machine disturbed
@@ -86,6 +87,7 @@ QUICK = Plan(
     body_rounds=1,
     scale_calls=1000,
     scale_rounds=1,
+    peer_calls=150,
     sign_rounds=2,
     repeat_s=10.0,
 )
@@ -178,7 +180,7 @@ class Rounds:
         tries: list[Taken] = []
         while True:
             gc.collect()
-            waited_before, began = _waited_s(lane), perf_counter()
+            threads_before, began = _threads(lane), perf_counter()
             try:
                 values, told = await once(lane)
             except RunFailed as error:
@@ -186,7 +188,8 @@ class Rounds:
                 self._results.note(f"{self._name}, {lane.proxy.title}: {error}")
                 return
             wall_s = perf_counter() - began
-            taken = Taken((_waited_s(lane) - waited_before) / wall_s, values)
+            waited_ns = sum(map(measure.kept_waiting_ns, threads_before, _threads(lane)))
+            taken = Taken(waited_ns / 1e9 / wall_s, values)
             tries.append(taken)
             mark = f"  (waited {taken.waited:.0%} for the core)" if taken.is_disturbed else ""
             tell(f"  {self._name} {label}  {lane.name:16} {told}{mark}")
@@ -199,9 +202,10 @@ class Rounds:
         self._taken.setdefault(lane.name, []).append(calmest)
 
 
-def _waited_s(lane: Lane) -> float:
-    proxy_ns = measure.waited_ns(lane.pid) if lane.pid else 0
-    return (proxy_ns + measure.waited_ns(os.getpid())) / 1e9
+def _threads(lane: Lane) -> tuple[measure.Threads, measure.Threads]:
+    """The proxy's, and those of this process."""
+    proxy = measure.process_tree(lane.pid) if lane.pid else []
+    return measure.threads(proxy), measure.threads([os.getpid()])
 
 
 def cpu_us(lane: Lane) -> float:

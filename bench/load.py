@@ -128,10 +128,12 @@ async def closed_loop(
     connections: int,
     calls: int | None = None,
     seconds: float | None = None,
+    look: Callable[[wire.MessageReader], None] | None = None,
 ) -> LoopResult:
     """`connections` clients, each with its next call as soon as its last was answered.
 
-    Ends after `calls` calls, or after `seconds`. A reply that is not 200 counts as failed.
+    Ends after `calls` calls, or after `seconds`. A reply that is not 200 counts as failed. `look`
+    sees every reply, whose head can still be read then.
 
     Raises RunFailed when a connection is lost or nothing more arrives.
     """
@@ -151,6 +153,8 @@ async def closed_loop(
         result.calls += 1
         if client.reader.status != b"200":
             result.failed += 1
+        if look is not None:
+            look(client.reader)
         if result.calls == calls:
             finished.set_result(None)
         else:

