@@ -14,6 +14,7 @@ BUILTIN = {
     "rate_limit": "filters.rate_limit:RateLimit",
     "request_id": "filters.request_id:RequestId",
     "retry": "filters.retry:RetryCalls",
+    "semantic_cache": "filters.semantic_cache:SemanticCache",
     "sign": "filters.sign:Sign",
     "timeout": "filters.timeout:Timeout",
     "token_budget": "filters.token_budget:TokenBudget",

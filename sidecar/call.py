@@ -168,6 +168,10 @@ class Scope:
     def get(self, key: Key[Any], default: Any = None) -> Any:
         return default if self._facts is None else self._facts.get(key, default)
 
+    def pop(self, key: Key[T]) -> T | None:
+        """Take a fact off; None when there is none."""
+        return None if self._facts is None else self._facts.pop(key, None)
+
     # Debts
 
     def on_end(self, debt: Callable[[End], None]) -> None:
@@ -488,7 +492,8 @@ class Call(Scope):
         """A call of its own with the same request, but for what is given: for work that its client
         must not end, or that is another one's.
 
-        It has its own facts, debts and bodies. Whoever forks it runs it and must `finish` it.
+        It begins with the same facts, unless its body is another one, and has its own debts and
+        bodies. Whoever forks it runs it and must `finish` it.
         """
         fork = Call(
             call_id=call_id or self.id,
@@ -503,7 +508,7 @@ class Call(Scope):
             received_at=self.received_at,
             tasks=self._tasks,
         )
-        if self._facts is not None:
+        if self._facts is not None and body is None:  # they may be of the body
             fork._facts = dict(self._facts)
         fork.body = self.body if body is None else body
         fork.model = model or self.model

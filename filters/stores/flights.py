@@ -48,6 +48,10 @@ SLACK_BYTES = 1024 * 1024
 """So much more than the longest recording may be kept for a member that reads slowly."""
 
 
+OF_ATTEMPTS: tuple[Key[Any], ...] = (LOST_USAGE, SIDE_CALLS)
+"""What whoever pays has to pay for besides the answer."""
+
+
 class Recorded(NamedTuple):
     """A whole answer, as it came."""
 
@@ -447,9 +451,11 @@ class Flight:
     def _tell(self, member: Member) -> None:
         """Leave on a member's call what is known of the shared one."""
         call, shared = member.call, self.call
+        # Of a cache behind this one, which has it: what is said of that goes before our "miss".
+        is_hit = member is self.payer and CACHED in shared
         if shared.reply_headers is not None:
             for name, value in shared.reply_headers.items():
-                if call.reply_headers is None or name not in call.reply_headers:
+                if is_hit or call.reply_headers is None or name not in call.reply_headers:
                     call.put_reply_field(name, value)
         call.target = shared.target
         if member is self.payer:
@@ -467,7 +473,11 @@ class Flight:
         call.target = shared.target
         call.held_s += shared.held_s
         call.upstream_wait_s += shared.upstream_wait_s
-        _copy(shared, call, (LOST_USAGE, SIDE_CALLS, CACHED))
+        for key in OF_ATTEMPTS:
+            if key in shared:
+                call[key] = shared[key]
+        if CACHED in shared:
+            call[CACHED] = shared[CACHED]
         if CACHED in shared and USAGE in shared:  # another cache behind us had it
             call[USAGE] = shared[USAGE]
 
@@ -501,10 +511,7 @@ class Flight:
 def _pass_on(call: Call, other: Call) -> None:
     """The other one pays."""
     other.attempts, call.attempts = call.attempts, 0
-    _copy(call, other, (LOST_USAGE, SIDE_CALLS))
-
-
-def _copy(call: Call, other: Call, keys: tuple[Key[Any], ...]) -> None:
-    for key in keys:
-        if key in call:
-            other[key] = call[key]
+    for key in OF_ATTEMPTS:
+        fact = call.pop(key)
+        if fact is not None:
+            other[key] = fact

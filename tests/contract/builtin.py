@@ -8,7 +8,7 @@ from typing import Any
 
 from filters import BUILTIN
 from sidecar.api import Filter, Secret
-from tests.support.harness import Use
+from tests.support.harness import MODEL, Use
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "budget": {
@@ -19,6 +19,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "priority_queue": {"max_in_flight": 10},
     "rate_limit": {"requests_per_minute": 1000, "burst": 100, "concurrency": 100},
     "retry": {"max_attempts": 1},  # a second try waits for the clock, which nobody turns
+    "semantic_cache": {"embedding_model": MODEL},
     "timeout": {"first_byte_s": 100.0},
     "token_budget": {"tokens_per_minute": 1_000_000},
 }
