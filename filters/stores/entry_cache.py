@@ -9,13 +9,23 @@ time-out by `wait_for` (three times the cost); a backend that waits has a bound 
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar, Protocol
 
-from aiocache.base import BaseCache  # type: ignore[import-untyped]
-from aiocache.serializers import NullSerializer  # type: ignore[import-untyped]
-
 from filters.stores.entry import Entry, size_of
-from sidecar.api import Clock, Metrics
+
+# aiocache loads the clients of its own backends when they are installed, and we use none of these:
+# 45 ms and 5 MB of every start.
+_clients = [name for name in ("redis", "aiomcache") if name not in sys.modules]
+sys.modules.update(dict.fromkeys(_clients))  # type: ignore[arg-type]  # None: cannot be imported
+try:
+    from aiocache.base import BaseCache  # type: ignore[import-untyped]
+    from aiocache.serializers import NullSerializer  # type: ignore[import-untyped]
+finally:
+    for _name in _clients:
+        del sys.modules[_name]
+
+from sidecar.api import Clock, Metrics  # noqa: E402
 
 
 class Bounds(Protocol):
