@@ -98,6 +98,9 @@ class TokenCounter(CallFilter):
             return reply
         body = reply.body
         if call.get(CACHED) == "hit":
+            if USAGE not in call and self.config.count_missing and body.is_whole:
+                data = body.peek()
+                call[USAGE] = self.counted(call, (data[:READ_BYTES],), body.media_type, len(data))
             if hides_usage and body.is_stream:
                 body.map(UsageRemover())
             return reply
@@ -163,7 +166,7 @@ class Kept:
 class Count:
     """What is known of one call."""
 
-    __slots__ = ("_call", "_filter", "_kept", "_kept_bytes", "_media_type", "_seen", "_seen_then")
+    __slots__ = ("_call", "_filter", "_is_final", "_kept", "_kept_bytes", "_media_type", "_seen")
 
     def __init__(self, counter: TokenCounter, call: Call, media_type: str) -> None:
         self._filter = counter
@@ -171,7 +174,7 @@ class Count:
         self._kept: list[bytes] = []
         self._kept_bytes = 0
         self._seen = 0  # bytes of the answer so far
-        self._seen_then = -1  # the same when usage was last reported
+        self._is_final: bool | None = None  # whether the last report was; None: there was none
         self._media_type = media_type
 
     def see(self, data: bytes) -> None:
@@ -190,7 +193,7 @@ class Count:
         usage = call.dialect.usage(event, before)
         if usage is not before and usage is not None:
             call[USAGE] = usage
-            self._seen_then = self._seen
+            self._is_final = b'"message_start"' not in event.raw  # Anthropic's: a beginning only
 
     def ended(self, end: End) -> None:
         """Before those read the figures who stand outside."""
@@ -199,10 +202,8 @@ class Count:
         if CACHED in call or not counter.config.count_missing:
             return
         usage = call.get(USAGE)
-        if usage is not None and (end.outcome is COMPLETED or self._seen_then == self._seen):
-            return  # reported, and nothing came after it
-        if self._seen_then < 0 and usage is not None:
-            return  # told by somebody else, who has seen all of it
+        if usage is not None and self._is_final is not False:
+            return  # reported to the end, or told by somebody else, who has seen all of it
         if not call.attempts or not may_have_served(end):
             return
         if end.outcome is COMPLETED and (end.status != 200 or self._begins_with_error()):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from filters.algo.include_usage import MARK
 from sidecar.api import (
     CACHED,
+    COMPLETED,
     LOST_USAGE,
     SIDE_CALLS,
     USAGE,
@@ -198,12 +199,12 @@ class Member:
         flight, self.flight = self.flight, None
         if flight is None:
             return
+        shared = flight.call
         if flight.payer is not self:
-            self.call[CACHED] = "join"
-        elif self._backlog and flight.state is State.OVER:
-            usage = flight.call.get(USAGE)  # its report is still among what was kept
-            if usage is not None:
-                self.call[USAGE] = usage
+            if shared.status < 400:  # of a refusal nothing is to be paid
+                self.call[CACHED] = "join"
+        elif shared.end is not None and shared.end.outcome is COMPLETED and USAGE in shared:
+            self.call[USAGE] = shared[USAGE]  # its report may still be among what was kept
         self._backlog.clear()
         flight.left(self, self._is_paused)
 
@@ -329,7 +330,7 @@ class Flight:
         usage = self.call.get(USAGE)
         for member in members:
             self._tell(member)
-            if member is not self.payer:
+            if member is not self.payer and recorded.status < 400:
                 member.call[CACHED] = "join"
             if usage is not None:
                 member.call[USAGE] = usage

@@ -322,6 +322,42 @@ async def test_payer_that_leaves_with_its_last_bytes_unread_pays_what_was_report
     assert run.call.attempts == 1
 
 
+async def test_payer_that_leaves_before_it_took_anything_of_a_stream_that_is_over_pays_it(
+    harness: Harness,
+) -> None:
+    harness.upstream.answer = harness.upstream.stream(EVENTS[0])
+    runs = streaming(harness, 2)
+    while not harness.upstream.source.asked:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0)
+    harness.upstream.source.feed(*EVENTS[1:], USAGE_EVENT, DONE)
+    harness.upstream.source.finish()
+    for run in runs:
+        run.client_leaves()
+    for run in runs:
+        await run.ended()
+    assert [run.call.attempts for run in runs] == [1, 0]
+    assert runs[0].call[USAGE] == TOOK
+    assert [run.call.get(CACHED) for run in runs] == [None, "join"]
+
+
+async def test_refusal_that_is_shared_is_no_cached_answer(harness: Harness) -> None:
+    harness.upstream.answer = harness.upstream.whole(b'{"error":{}}', status=503)
+    runs = [harness.start(asking(harness)) for _ in range(3)]
+    for run in runs:
+        await run.ended()
+        assert run.client.status == 503
+    assert [CACHED in run.call for run in runs] == [False] * 3
+    assert [run.call.attempts for run in runs] == [1, 0, 0]
+
+
+async def test_hit_of_an_answer_without_usage_is_counted(harness: Harness) -> None:
+    bare = b'{"choices":[{"message":{"content":"Fine, thanks, and you?"}}]}'
+    harness.upstream.answer = harness.upstream.whole(bare)
+    first, second = await ask(harness), await ask(harness)
+    assert (word(second), second.call[USAGE]) == ("hit", first.call[USAGE])
+    assert second.call[USAGE].is_estimated
+
+
 async def test_answer_longer_than_may_be_kept_is_not_joined_any_more() -> None:
     async with caching(max_entry_bytes=1500) as harness:
         (first,) = await begin(harness, 1)

@@ -1,4 +1,4 @@
-"""A record of every call that somebody was asked for, or a cache answered; of no other."""
+"""Records of all calls that somebody was asked for, or a cache answered; of no others."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from sidecar.api import (
     End,
     Filter,
     Key,
+    Outcome,
     Rejected,
     Reply,
     Secret,
@@ -104,7 +105,6 @@ async def test_a_call_leaves_a_record_of_who_asked_whom_and_what_it_took(tmp_pat
     (row,) = rows(tmp_path)
     assert row == {
         "time_ms": ended_ms,
-        "id": "call_1",
         "team": "tests",
         "key_id": key_id,
         "endpoint": "chat_completions",
@@ -116,6 +116,8 @@ async def test_a_call_leaves_a_record_of_who_asked_whom_and_what_it_took(tmp_pat
         "cached": "",
         "is_side": 0,
         "is_estimated": 0,
+        "currency": "USD",
+        "calls": 1,
         "input_tokens": 10,
         "output_tokens": 12,
         "cached_tokens": 0,
@@ -126,12 +128,23 @@ async def test_a_call_leaves_a_record_of_who_asked_whom_and_what_it_took(tmp_pat
         "reported_output_tokens": 12,
         "lost_input_tokens": 0,
         "lost_output_tokens": 0,
-        "cost": "0.0000087",
-        "currency": "USD",
         "attempts": 1,
         "total_ms": 0,
+        "cost": "0.0000087",
     }
     assert "sk-secret" not in (tmp_path / NAME).read_bytes().decode("latin-1")
+
+
+async def test_calls_of_one_kind_are_one_record(tmp_path: Path) -> None:
+    cost = Cost(Decimal("0.0000087"), "USD")
+    async with harness(tmp_path, finds({COST: cost})) as desk:
+        for key in ("one", "two", "one", "one"):
+            await desk.run(desk.call(headers=[("authorization", f"Bearer sk-{key}")]))
+    one, two = rows(tmp_path)
+    assert one["key_id"] != two["key_id"]
+    names = ("calls", "input_tokens", "output_tokens", "reported_input_tokens", "attempts", "cost")
+    assert shown(one, *names) == (3, 30, 36, 30, 3, "0.0000261")
+    assert shown(two, *names) == (1, 10, 12, 10, 1, "0.0000087")
 
 
 async def test_a_stream_is_recorded_at_its_end_with_its_whole_time(tmp_path: Path) -> None:
@@ -148,7 +161,7 @@ async def test_a_stream_is_recorded_at_its_end_with_its_whole_time(tmp_path: Pat
         desk.clock.turn(GATHER_S)
         await desk.settled()
         (row,) = rows(tmp_path)
-    assert shown(row, "output_tokens", "total_ms") == (12, 1530)
+    assert shown(row, "output_tokens", "total_ms") == (12, 1600)
 
 
 async def test_unknown_cost_is_unknown_and_not_zero(tmp_path: Path) -> None:
@@ -190,10 +203,11 @@ async def test_side_calls_have_records_that_cost_nothing_again(tmp_path: Path) -
     main, extra = rows(tmp_path)
     assert shown(main, "is_side", "cost", "currency", "cached") == (0, "0.5", "CNY", "hit")
     assert shown(extra, "is_side", "cost", "currency", "cached") == (1, "0", "CNY", "")
-    assert shown(extra, "id", "endpoint", "model", "upstream") == (
-        *("call_1", "embeddings", "embed-small", "embedder"),
+    assert shown(extra, "endpoint", "model", "upstream", "upstream_model") == (
+        *("embeddings", "embed-small", "embedder", "embed-small"),
     )
     assert shown(extra, "input_tokens", "reported_input_tokens", "team") == (6, 6, "tests")
+    assert shown(extra, "calls", "attempts", "total_ms", "lost_input_tokens") == (1, 0, 0, 0)
 
 
 async def test_a_refused_call_that_others_were_made_for_has_a_record_with_their_cost(
@@ -252,15 +266,16 @@ async def test_a_call_is_not_held_by_its_record(tmp_path: Path) -> None:
     async with harness(tmp_path) as desk:
         call = desk.call()
         await desk.run(call)
-        (record,) = desk.filters[0]._book._records  # type: ignore[attr-defined]
-        assert not any(isinstance(each, Call | Target) for each in record)
+        (kind,) = desk.filters[0]._book._open  # type: ignore[attr-defined]
+        assert {type(each) for each in kind} == {str, int, bool, type(None), Outcome}
 
 
 async def test_teams_share_one_file(tmp_path: Path) -> None:
     async with harness(tmp_path, Ledger) as desk:
         await desk.run()
-        assert len(desk.resources) == 2  # the file, and who writes it
-    assert len(rows(tmp_path)) == 2
+        assert [len(desk.resources.of_kind(each)) for each in ("sqlite", "ledger")] == [1, 1]
+    (row,) = rows(tmp_path)  # both are of the same team
+    assert row["calls"] == 2
 
 
 # Where

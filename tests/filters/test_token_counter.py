@@ -105,14 +105,24 @@ async def test_usage_of_an_upstream_that_compresses_all_the_same() -> None:
     assert run.client.data == packed
 
 
-async def test_usage_until_the_client_left_is_kept() -> None:
+async def test_beginning_of_a_report_is_no_end_though_nothing_came_after_it() -> None:
     async with Harness(TokenCounter, upstream=FakeUpstream(dialect=ANTHROPIC)) as harness:
         harness.upstream.answer = harness.upstream.stream(MESSAGES[:200])
         run = harness.start(harness.call(path="/v1/messages"))
         await run.begun()
         run.client_leaves()
         await run.ended()
-    assert run.call[USAGE] == Usage(12, 1, cached=4)
+    assert run.call[USAGE] == Usage(12, 1, cached=4, is_estimated=True)
+    assert run.call[REPORTED] == Usage(12, 1, cached=4)
+
+
+async def test_stream_that_ends_with_an_error_event_is_counted_as_far_as_it_came() -> None:
+    error = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n'
+    async with Harness(TokenCounter, upstream=FakeUpstream(dialect=ANTHROPIC)) as harness:
+        start = MESSAGES[: MESSAGES.index(b"event: content_block_delta")]
+        call = harness.call(path="/v1/messages")
+        run = await stream_of(harness, call, start, error)
+        assert (run.call[REPORTED], run.call[USAGE].is_estimated) == (Usage(12, 1, cached=4), True)
 
 
 async def test_usage_is_there_for_the_debts_of_the_call() -> None:

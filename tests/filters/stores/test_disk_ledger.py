@@ -8,9 +8,11 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import closing
 from decimal import Decimal
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +20,18 @@ from hypothesis import strategies as st
 
 from filters.algo.usage_report import MEASURES, Line, Query
 from filters.stores import disk_ledger
-from filters.stores.disk_ledger import COLUMNS, NAME, SCHEMA, DiskLedger, read_disk
+from filters.stores.disk_ledger import (
+    COLUMNS,
+    NAME,
+    SCHEMA,
+    DiskLedger,
+    open_disk_ledger,
+    read_disk,
+)
 from filters.stores.ledger import NoLedger, NotWritten
 from filters.stores.sqlite import Database
 from sidecar.api import Cost, Usage
+from tests.support.harness import Harness
 from tests.support.ledger import NOON_S, cached, record
 
 EVER = Query(("model",), 0.0, inf)
@@ -65,6 +75,31 @@ async def test_sums_of_every_kind_are_told_apart(disk: DiskLedger, tmp_path: Pat
         "lost_input_tokens": 100,
         "side_calls": 1,
         "side_input_tokens": 4,
+    }
+
+
+async def test_a_record_counts_for_all_its_calls(disk: DiskLedger, tmp_path: Path) -> None:
+    records = [
+        record(calls=5, usage=Usage(50, 60), cost="0.5"),
+        record(calls=4, usage=Usage(40, 4, is_estimated=True), reported=None, cost="0.25"),
+        cached(calls=3, usage=Usage(30, 3)),
+        record(calls=2, is_side=True, usage=Usage(8, 0), reported=Usage(8, 0), cost="0"),
+    ]
+    await disk.write(records, 90)
+    (line,) = read_disk(tmp_path, EVER)
+    assert line.cost == Decimal("0.75")
+    assert sums(line) == {
+        "calls": 12,
+        "cached_calls": 3,
+        "input_tokens": 120,
+        "output_tokens": 67,
+        "estimated_calls": 4,
+        "saved_input_tokens": 30,
+        "saved_output_tokens": 3,
+        "reported_input_tokens": 10,
+        "reported_output_tokens": 12,
+        "side_calls": 2,
+        "side_input_tokens": 8,
     }
 
 
@@ -128,14 +163,10 @@ async def test_money_stands_as_decimal_text(disk: DiskLedger, tmp_path: Path) ->
 async def test_what_an_upstream_or_a_caller_makes_up_can_be_written(
     disk: DiskLedger, tmp_path: Path
 ) -> None:
-    wild = Usage(10**40, 10**40, 10**40, 10**40, 10**40, 10**40)
-    records = [
-        record(
-            usage=wild, reported=wild, lost=wild, model="\udcff\0'; DROP TABLE calls", id="\udcff"
-        )
-        for _ in range(100)
-    ]
-    await disk.write(records, 90)
+    most = Usage(10**12, 10**12, 10**12, 10**12, 10**12, 10**12)
+    name = "\udcff\0'; DROP TABLE calls"
+    wild = record(usage=most, reported=most, lost=most, model=name, upstream_model=name)
+    await disk.write([wild] * 100, 90)
     (line,) = read_disk(tmp_path, EVER)
     assert line.names == ("?\0'; DROP TABLE calls",)
     assert sums(line)["input_tokens"] == 100 * 10**12
@@ -146,14 +177,13 @@ async def test_columns_are_those_of_the_table(disk: DiskLedger, tmp_path: Path) 
     assert tuple(row[1] for row in rows) == COLUMNS
 
 
-async def test_a_record_holds_what_is_known_of_its_call(disk: DiskLedger, tmp_path: Path) -> None:
-    await disk.write([record(lost=Usage(1, 2), attempts=2, total_s=0.1236)], 90)
+async def test_a_row_holds_all_of_its_record(disk: DiskLedger, tmp_path: Path) -> None:
+    await disk.write([record(calls=3, lost=Usage(1, 2), attempts=4, total_s=0.1236)], 90)
     connection = sqlite3.connect(tmp_path / NAME)
     connection.row_factory = sqlite3.Row
     row = dict(connection.execute("SELECT * FROM calls").fetchone())
     assert row == {
         "time_ms": int(NOON_S * 1000),
-        "id": "call_1",
         "team": "search",
         "key_id": "0123456789abcdef",
         "endpoint": "chat_completions",
@@ -165,6 +195,8 @@ async def test_a_record_holds_what_is_known_of_its_call(disk: DiskLedger, tmp_pa
         "cached": "",
         "is_side": 0,
         "is_estimated": 0,
+        "currency": "USD",
+        "calls": 3,
         "input_tokens": 10,
         "output_tokens": 12,
         "cached_tokens": 0,
@@ -175,12 +207,17 @@ async def test_a_record_holds_what_is_known_of_its_call(disk: DiskLedger, tmp_pa
         "reported_output_tokens": 12,
         "lost_input_tokens": 1,
         "lost_output_tokens": 2,
-        "cost": "0.0000123",
-        "currency": "USD",
-        "attempts": 2,
+        "attempts": 4,
         "total_ms": 124,
+        "cost": "0.0000123",
     }
     connection.close()
+
+
+async def test_of_unknown_cost_the_row_says_nothing(disk: DiskLedger, tmp_path: Path) -> None:
+    await disk.write([record(cost=None)], 90)
+    rows = sqlite3.connect(tmp_path / NAME).execute("SELECT cost, currency FROM calls")
+    assert rows.fetchall() == [(None, None)]
 
 
 async def test_old_records_are_deleted_a_step_at_a_time(
@@ -229,6 +266,28 @@ def test_a_file_that_is_no_ledger_is_told(tmp_path: Path) -> None:
         list(read_disk(tmp_path, EVER))
 
 
+def test_a_file_with_other_columns_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / NAME)) as connection:
+        connection.execute("CREATE TABLE calls (time_ms INTEGER, id TEXT)")
+        connection.execute("INSERT INTO calls VALUES (1, 'one')")
+        connection.commit()
+    kit: Any = Harness(data_dir=tmp_path)
+    told = r"ledger\.db cannot be used: no such column: \w+: another version has begun it, move it"
+    with pytest.raises(OSError, match=told):
+        open_disk_ledger(kit)
+    with pytest.raises(NoLedger, match=r"it cannot be read: no such .*: another version has begun"):
+        list(read_disk(tmp_path, EVER))
+    with closing(sqlite3.connect(tmp_path / NAME)) as connection:
+        assert connection.execute("SELECT * FROM calls").fetchall() == [(1, "one")]
+
+
+def test_a_damaged_file_is_refused_and_not_taken_for_another_version(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(b"no database" * 1000)
+    kit: Any = Harness(data_dir=tmp_path)
+    with pytest.raises(OSError, match=r"cannot be used: file is not a database$"):
+        open_disk_ledger(kit)
+
+
 async def test_it_is_read_after_everybody_has_closed_it_and_is_not_changed(tmp_path: Path) -> None:
     database = Database(tmp_path / NAME, SCHEMA)
     await DiskLedger(database).write([record()], 90)
@@ -260,7 +319,7 @@ from tests.support.ledger import record
 async def main():
     disk = DiskLedger(Database(Path(sys.argv[1]) / NAME, SCHEMA))
     for number in range(10**6):
-        await disk.write([record(id=f"{number}-{part}") for part in range(20)], 90)
+        await disk.write([record(model=f"gpt-{part}") for part in range(20)], 90)
         print(number + 1, flush=True)
 
 asyncio.run(main())
@@ -275,11 +334,11 @@ def test_killed_mid_write_it_holds_whole_batches_and_all_that_were_written(tmp_p
             pass
         os.kill(process.pid, signal.SIGKILL)
         told = [int(line) for line in process.stdout.read().splitlines()]
-    (line,) = read_disk(tmp_path, EVER)
-    batches, rest = divmod(line.sums[0], 20)
-    assert rest == 0
+    lines = list(read_disk(tmp_path, EVER))
+    (batches,) = {line.sums[0] for line in lines}
+    assert len(lines) == 20
     assert batches >= max([100, *told])
-    assert line.cost == 20 * batches * Decimal("0.0000123")
+    assert all(line.cost == batches * Decimal("0.0000123") for line in lines)
     connection = sqlite3.connect(tmp_path / NAME)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()

@@ -1,18 +1,24 @@
-"""Records on their way: gathered, kept while the place is away, dropped and told beyond that."""
+"""Records on their way: added up, kept while the place is away, dropped and told beyond that."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from filters.stores import ledger as ledger_module
 from filters.stores.ledger import (
     AGAIN_S,
     GATHER_S,
+    MAX_TOKENS,
+    MINUTE_S,
     PRUNE_EVERY_S,
     PRUNE_FIRST_S,
     PRUNE_PAUSE_S,
@@ -23,11 +29,10 @@ from filters.stores.ledger import (
     Where,
     place_of,
     sayable,
-    tokens_of,
 )
-from sidecar.api import Secret, StoreAddress, Usage
+from sidecar.api import Cost, Secret, StoreAddress, Usage
 from tests.support.harness import MEMORY, Harness
-from tests.support.ledger import record
+from tests.support.ledger import USED, kind, record
 
 STORE = StoreAddress(Secret("redis://127.0.0.1:6379/0"))
 
@@ -58,8 +63,17 @@ class Place:
         return self.has_more
 
     @property
-    def count(self) -> int:
-        return sum(map(len, self.written))
+    def records(self) -> list[Record]:
+        return [each for part in self.written for each in part]
+
+    @property
+    def calls(self) -> int:
+        return sum(each.calls for each in self.records)
+
+    @property
+    def counts(self) -> list[list[tuple[str, int]]]:
+        """Of each write: models, and how many calls of them."""
+        return [[(each.model, each.calls) for each in part] for part in self.written]
 
 
 class Desk:
@@ -71,6 +85,11 @@ class Desk:
         kit: Any = self.harness  # it has what a ledger takes of a kit
         self.ledger = Ledger(kit, self.place)
 
+    def enter(self, model: str = "gpt", usage: Usage = USED) -> None:
+        """A call ends that took a quarter of a second."""
+        cost = Cost(Decimal("0.0000123"), "USD")
+        self.ledger.enter(kind(model=model), usage, usage, None, cost, 1, 0.25)
+
     async def turn(self, seconds: float) -> None:
         self.harness.clock.turn(seconds)
         await self.harness.settled()
@@ -80,29 +99,213 @@ class Desk:
         return float(self.harness.value("llm_sidecar_ledger_dropped"))
 
 
-async def test_records_of_a_moment_are_written_together() -> None:
+# Adding up
+
+
+async def test_calls_of_one_kind_in_a_moment_are_one_record_with_their_sums() -> None:
     desk = Desk()
-    for number in range(5):
-        desk.ledger.enter(record(id=str(number)))
+    used = Usage(10, 20, 3, 2, 5, 1)
+    costs = [Decimal("0.1"), Decimal("1E-30"), Decimal(10**12)]
+    began_s = desk.harness.clock.wall()
+    for number, amount in enumerate(costs):
+        lost = Usage(100, number)
+        desk.ledger.enter(kind(), used, Usage(7, 8), lost, Cost(amount, "USD"), 2, 0.25)
+        desk.harness.clock.turn(0.01)
     assert desk.place.written == []
     await desk.turn(GATHER_S)
-    assert [[each.id for each in part] for part in desk.place.written] == [
-        ["0", "1", "2", "3", "4"]
+    (found,) = desk.place.records
+    assert found == record(
+        time_s=began_s + 0.01 + 0.01,
+        calls=3,
+        usage=Usage(30, 60, 9, 6, 15, 3),
+        reported=Usage(21, 24),
+        lost=Usage(300, 3),
+        cost="1000000000000.100000000000000000000000000001",
+        attempts=6,
+        total_s=0.75,
+    )
+    await desk.ledger.close()
+
+
+async def test_calls_that_differ_in_anything_are_told_apart() -> None:
+    desk = Desk()
+    kinds = [
+        kind(),
+        kind(team="ads"),
+        kind(key_id=""),
+        kind(endpoint="messages"),
+        kind(model="claude"),
+        kind(upstream="azure"),
+        kind(upstream_model="gpt-4o"),
+        kind(status=500),
+        kind(outcome="client_gone"),
+        kind(cached="hit"),
+        kind(is_side=True),
+        kind(is_estimated=True),
+        kind(currency="CNY"),
+        kind(currency=None),
     ]
+    for each in kinds * 2:
+        desk.ledger.enter(each, None, None, None, None, 1, 0.0)
+    await desk.turn(GATHER_S)
+    assert [found[1:13] for found in desk.place.records] == kinds
+    assert {found.calls for found in desk.place.records} == {2}
+    await desk.ledger.close()
+
+
+async def test_what_nobody_knows_adds_nothing() -> None:
+    desk = Desk()
+    desk.ledger.enter(kind(currency=None), None, None, None, None, 1, 0.25)
+    await desk.turn(GATHER_S)
+    assert desk.place.records == [
+        record(time_s=desk.place.records[0].time_s, usage=None, reported=None, lost=None, cost=None)
+    ]
+    await desk.ledger.close()
+
+
+async def test_figures_that_no_sum_could_hold_are_bounded() -> None:
+    desk = Desk()
+    desk.enter(usage=Usage(10**30, 5))
+    desk.enter(usage=Usage(10, 5))
+    await desk.turn(GATHER_S)
+    (found,) = desk.place.records
+    assert (found.input_tokens, found.output_tokens) == (2 * MAX_TOKENS, 10)
+    await desk.ledger.close()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.integers(0, 10**6),
+            st.decimals(0, 10**6, places=14),
+            st.sampled_from([0.0, 0.03, 1.0, 50.0]),
+            st.booleans(),
+        )
+    )
+)
+async def test_sums_are_exact_whatever_the_place_does(
+    calls: list[tuple[str, int, Decimal, float, bool]],
+) -> None:
+    desk = Desk()
+    entered: dict[tuple[str, int], list[tuple[int, Decimal]]] = {}
+    for model, tokens, amount, pause_s, is_away in calls:
+        desk.place.failure = NotWritten("away") if is_away else None
+        cost, usage = Cost(amount, "USD"), Usage(tokens)
+        desk.ledger.enter(kind(model=model), usage, None, None, cost, 1, 0.0)
+        minute = int(desk.harness.clock.wall()) // MINUTE_S
+        entered.setdefault((model, minute), []).append((tokens, amount))
+        if pause_s:
+            await desk.turn(pause_s)
+    desk.place.failure = None
+    await desk.ledger.close()
+    found: dict[tuple[str, int], list[int]] = {}
+    for each in desk.place.records:
+        sums = found.setdefault((each.model, int(each.time_s) // MINUTE_S), [0, 0, 0])
+        for index, figure in enumerate((each.calls, each.input_tokens, each.cost.scaleb(14))):
+            sums[index] += int(figure)
+    assert found == {
+        key: [len(each), sum(one for one, _ in each), sum(int(a.scaleb(14)) for _, a in each)]
+        for key, each in entered.items()
+    }
+    assert desk.dropped == 0
+
+
+# Writing
+
+
+async def test_records_of_a_moment_are_written_together() -> None:
+    desk = Desk()
+    for model in ("a", "b", "a", "c", "a"):
+        desk.enter(model)
+    assert desk.place.written == []
+    await desk.turn(GATHER_S)
+    assert desk.place.counts == [[("a", 3), ("b", 1), ("c", 1)]]
+    await desk.ledger.close()
+
+
+async def test_another_moment_has_records_of_its_own() -> None:
+    desk = Desk()
+    for _ in range(3):
+        desk.enter()
+        await desk.turn(GATHER_S)
+    assert desk.place.counts == [[("gpt", 1)], [("gpt", 1)], [("gpt", 1)]]
+    assert [b.time_s - a.time_s for a, b in pairwise(desk.place.records)] == [
+        pytest.approx(GATHER_S)
+    ] * 2
+    await desk.ledger.close()
+
+
+async def test_without_calls_nothing_is_written_and_no_timer_runs() -> None:
+    desk = Desk()
+    desk.enter()
+    await desk.turn(GATHER_S)
+    await desk.turn(10 * GATHER_S)
+    assert len(desk.place.written) == 1
+    assert desk.harness.clock._timers == []
+    await desk.ledger.close()
+
+
+async def test_a_moment_ends_with_its_minute() -> None:
+    desk = Desk()
+    clock = desk.harness.clock
+    clock.turn(MINUTE_S - clock.wall() % MINUTE_S - 0.01)
+    desk.enter()
+    clock.turn(0.01)
+    desk.enter()
+    desk.enter()
+    await desk.turn(GATHER_S)
+    first, second = desk.place.records
+    assert (first.calls, second.calls) == (1, 2)
+    assert int(first.time_s) // MINUTE_S + 1 == int(second.time_s) // MINUTE_S
+    await desk.ledger.close()
+
+
+async def test_a_clock_that_is_set_back_does_not_keep_a_moment_open() -> None:
+    desk = Desk()
+    desk.enter()
+    desk.harness.clock._wall -= 7200
+    await desk.turn(GATHER_S)
+    desk.enter()
+    clock = desk.harness.clock
+    clock.turn(MINUTE_S - clock.wall() % MINUTE_S)
+    desk.enter()
+    await desk.turn(GATHER_S)
+    before, *after = [int(each.time_s) // MINUTE_S for each in desk.place.records]
+    assert [before - each for each in after] == [120, 119]
     await desk.ledger.close()
 
 
 async def test_what_comes_during_a_write_is_written_next_and_once() -> None:
     desk = Desk()
     desk.place.gate.clear()
-    desk.ledger.enter(record(id="first"))
+    desk.enter()
     desk.harness.clock.turn(GATHER_S)
     await asyncio.sleep(0)
-    desk.ledger.enter(record(id="second"))
+    for _ in range(3):  # nothing is added to what is on its way
+        desk.enter()
+        desk.harness.clock.turn(GATHER_S)
     desk.place.gate.set()
     await desk.harness.settled()
-    assert [[each.id for each in part] for part in desk.place.written] == [["first"], ["second"]]
+    assert desk.place.counts == [[("gpt", 1)], [("gpt", 3)]]
     await desk.ledger.close()
+
+
+async def test_many_kinds_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "TOGETHER", 2)
+    desk = Desk()
+    for model in "abcde":
+        desk.enter(model)
+    await desk.turn(GATHER_S)
+    assert [len(each) for each in desk.place.written] == [2, 2, 1]
+    desk.place.failure = NotWritten("away")
+    for model in "abcde":
+        desk.enter(model)
+    await desk.turn(GATHER_S)
+    desk.place.failure = None
+    await desk.ledger.close()
+    assert [len(each) for each in desk.place.written] == [2, 2, 1, 2, 2, 1]
 
 
 async def test_records_wait_while_the_place_is_away_which_is_told_once(
@@ -111,84 +314,118 @@ async def test_records_wait_while_the_place_is_away_which_is_told_once(
     caplog.set_level("INFO")
     desk = Desk()
     desk.place.failure = NotWritten("away")
-    desk.ledger.enter(record())
+    desk.enter()
     await desk.turn(GATHER_S)
     await desk.turn(AGAIN_S)
-    assert (desk.place.count, desk.dropped) == (0, 0)
+    assert (desk.place.calls, desk.dropped) == (0, 0)
     desk.place.failure = None
-    desk.ledger.enter(record())
+    desk.enter()
     await desk.turn(AGAIN_S)
-    assert (desk.place.count, desk.dropped) == (2, 0)
+    assert (desk.place.calls, desk.dropped) == (2, 0)
     assert [each.message for each in caplog.records] == ["ledger_waits", "ledger_goes_on"]
     await desk.ledger.close()
 
 
-async def test_what_is_too_much_is_dropped_counted_and_told_once_a_minute(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(ledger_module, "MAX_WAITING", 3)
+async def test_what_comes_while_the_place_is_away_is_added_to_what_waits_of_its_minute() -> None:
     desk = Desk()
-    for _ in range(5):
-        desk.ledger.enter(record())
-    assert desk.dropped == 2
-    assert [each.message for each in caplog.records] == ["ledger_dropped"]
-    desk.harness.clock.turn(TELL_S)
-    await desk.harness.settled()
-    desk.place.failure = ValueError("never")
-    desk.ledger.enter(record())
-    await desk.turn(GATHER_S)
-    assert (desk.place.count, desk.dropped) == (3, 3)
-    told: list[Any] = caplog.records
-    assert [(each.records, each.reason) for each in told] == [(1, "too many wait"), (2, "never")]
+    clock = desk.harness.clock
+    clock.turn(MINUTE_S - clock.wall() % MINUTE_S)
+    desk.place.failure = NotWritten("away")
+    began_s = clock.wall()
+    for _ in range(3 * 60):
+        desk.enter()
+        await desk.turn(1.0)
+    desk.place.failure = None
+    await desk.turn(AGAIN_S)
+    assert desk.place.counts == [[("gpt", 60)] * 3]
+    assert sorted(each.time_s - began_s for each in desk.place.records) == [59, 119, 179]
     await desk.ledger.close()
 
 
-async def test_records_that_cannot_be_written_are_not_tried_again() -> None:
+async def test_too_many_kinds_are_dropped_counted_and_told_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_KINDS", 3)
+    desk = Desk()
+    for model in "abcdedcba":
+        desk.enter(model)
+    assert desk.dropped == 3
+    assert [each.message for each in caplog.records] == ["ledger_dropped"]
+    desk.harness.clock.turn(TELL_S)
+    await desk.harness.settled()
+    assert desk.place.counts == [[("a", 2), ("b", 2), ("c", 2)]]
+    desk.place.failure = ValueError("never")
+    desk.enter()
+    await desk.turn(GATHER_S)
+    assert (desk.place.calls, desk.dropped) == (6, 4)
+    told: list[Any] = caplog.records
+    assert [(each.calls, each.reason) for each in told] == [(1, "too many wait"), (3, "never")]
+    await desk.ledger.close()
+
+
+async def test_when_no_more_kinds_may_wait_those_that_do_are_still_added_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_KINDS", 2)
+    desk = Desk()
+    desk.place.failure = NotWritten("away")
+    for _ in range(3):
+        for model in "abc":
+            desk.enter(model)
+        await desk.turn(GATHER_S)
+    desk.place.failure = None
+    await desk.turn(AGAIN_S)
+    assert (desk.place.counts, desk.dropped) == ([[("a", 3), ("b", 3)]], 3)
+    await desk.ledger.close()
+
+
+async def test_calls_that_cannot_be_written_are_counted_and_not_tried_again() -> None:
     desk = Desk()
     desk.place.failure = ValueError("never")
-    desk.ledger.enter(record())
+    for model in "aab":
+        desk.enter(model)
     await desk.turn(GATHER_S)
     desk.place.failure = None
     await desk.turn(AGAIN_S)
-    assert (desk.place.count, desk.dropped) == (0, 1)
+    assert (desk.place.calls, desk.dropped) == (0, 3)
     await desk.ledger.close()
 
 
 async def test_close_writes_what_waits_and_what_comes_later_is_dropped() -> None:
     desk = Desk()
-    desk.ledger.enter(record())
+    desk.enter()
     await desk.ledger.close()
     await desk.ledger.close()
-    assert desk.place.count == 1
-    desk.ledger.enter(record())
+    assert desk.place.calls == 1
+    desk.enter()
     assert desk.dropped == 1
 
 
 async def test_close_waits_for_a_write_under_way_and_loses_what_cannot_be_written() -> None:
     desk = Desk()
     desk.place.gate.clear()
-    desk.ledger.enter(record())
+    desk.enter()
     desk.harness.clock.turn(GATHER_S)
     await asyncio.sleep(0)
-    desk.ledger.enter(record())
+    desk.enter()
     closing = asyncio.create_task(desk.ledger.close())
     await asyncio.sleep(0)
     desk.place.failure = NotWritten("away")
     desk.place.gate.set()
     await closing
-    assert (desk.place.count, desk.dropped) == (0, 2)
+    assert (desk.place.calls, desk.dropped) == (0, 2)
 
 
 async def test_a_write_that_is_cancelled_is_not_made_twice() -> None:
     desk = Desk()
     desk.place.gate.clear()
-    desk.ledger.enter(record())
+    desk.enter()
     desk.harness.clock.turn(GATHER_S)
     await asyncio.sleep(0)
     await desk.harness.tasks.stop(timeout_s=0)
     desk.place.gate.set()
     await desk.ledger.close()
-    assert desk.place.count == 0  # the thread, or the store, has it already
+    assert desk.place.calls == 0  # the thread, or the store, has it already
 
 
 async def test_old_records_go_in_small_steps_and_then_daily() -> None:
@@ -228,12 +465,12 @@ async def test_records_are_kept_as_long_as_any_team_wants() -> None:
     desk = Desk()
     for days in (90, 7):
         desk.ledger.join(days)
-    desk.ledger.enter(record())
+    desk.enter()
     await desk.turn(GATHER_S)
     assert desk.place.keep_days == 90
     for days in (90, 7):
         desk.ledger.leave(days)
-    desk.ledger.enter(record())
+    desk.enter()
     await desk.ledger.close()
     assert desk.place.keep_days == 7  # the last one is gone before the last record is written
 
@@ -261,12 +498,6 @@ def test_a_place_that_is_not_there_is_refused_with_the_missing_setting() -> None
         place_of("disk", STORE, None)
     with pytest.raises(ValueError, match="`where: redis` needs a `store"):
         place_of("redis", MEMORY, Path("x"))
-
-
-def test_figures_that_no_sum_could_hold_are_bounded() -> None:
-    usage, reported, lost = tokens_of(record(usage=Usage(10**30, 5, is_estimated=True)))
-    assert usage == Usage(10**12, 5, is_estimated=True)
-    assert (reported, lost) == (Usage(10, 12), Usage())
 
 
 def test_text_that_no_encoding_takes_is_made_sayable() -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from filters.algo.usage_report import NAMES, Line, Query, Report, report
 from filters.stores.disk_ledger import NAME, SCHEMA, DiskLedger, read_disk
-from filters.stores.ledger import NoLedger, NotWritten, Record
+from filters.stores.ledger import MINUTE_S, NoLedger, NotWritten, Record
 from filters.stores.redis import Redis, Script, StoreDown
-from filters.stores.redis_ledger import DAY_S, MINUTE_S, RedisLedger, read_redis
+from filters.stores.redis_ledger import DAY_S, RedisLedger, read_redis
 from filters.stores.sqlite import Database
 from sidecar.api import Cost, Secret, StoreAddress, Usage
 from sidecar.metrics import Metrics
@@ -68,6 +68,10 @@ MIXED = [
     cached(usage=Usage(10, 20, 3)),
     cached(time_s=NOON_S + 3599, cached="join"),
     record(is_side=True, usage=Usage(4, 0), reported=Usage(4, 0), cost="0", model="embed"),
+    record(calls=5, usage=Usage(50, 60), cost="0.5", outcome="client_gone"),
+    record(calls=4, usage=Usage(40, 4, is_estimated=True), reported=None, cost="0.25"),
+    cached(calls=3, usage=Usage(30, 3)),
+    record(calls=2, is_side=True, usage=Usage(8), reported=Usage(8), cost="0", model="embed"),
 ]
 
 
@@ -139,10 +143,10 @@ async def test_groups_that_the_server_lost_are_told_again(
 
 
 async def test_what_an_upstream_or_a_caller_makes_up_can_be_written(shared: Shared) -> None:
-    wild = Usage(10**40, 10**40, 10**40, 10**40, 10**40, 10**40)
+    most = Usage(10**12, 10**12, 10**12, 10**12, 10**12, 10**12)
     dear = Cost(Decimal("1e40"), "USD")
     model = "\udcff:|\0"
-    await shared.write(*[record(usage=wild, reported=wild, lost=wild, model=model, cost=dear)] * 50)
+    await shared.write(*[record(usage=most, reported=most, lost=most, model=model, cost=dear)] * 50)
     (line,) = shared.read()
     assert line.names == ("?:|\0",)
     assert line.sums[2] == 50 * 10**12
