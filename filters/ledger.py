@@ -1,15 +1,14 @@
-"""What every call used and cost, written down to be asked for later."""
+"""What calls used and cost, written down to be asked for later."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from decimal import Decimal
 from functools import partial
 
 from pydantic import PositiveInt
 
+from filters.stores.ledger import Kind, Where, open_ledger, place_of
 from filters.stores.ledger import Ledger as Book
-from filters.stores.ledger import Record, Where, open_ledger, place_of
 from sidecar.api import (
     CACHED,
     COST,
@@ -20,32 +19,31 @@ from sidecar.api import (
     Call,
     CallFilter,
     CallNext,
-    Cost,
     End,
     FilterConfig,
     Kit,
     Reply,
+    SideCall,
 )
 
-NOTHING = Decimal(0)
 MAX_MODEL = 200
 """Characters of a model's name: it is the caller's text."""
 
 
 class Ledger(CallFilter):
-    """Keeps a record of each call's tokens and cost, for `sidecar usage`.
+    """Keeps records of the tokens and the cost of calls, for `sidecar usage`.
 
     Switch it on to know afterwards who used what, and what it cost. Place it near the outside,
     before `cost`, `token_counter` and `cache`, so that it sees what they found. A call that no
-    upstream was asked for, and that no cache answered, has no record. No prompt, answer or key
-    is kept.
+    upstream was asked for, and that no cache answered, is in no record. No prompt, answer or
+    key is kept.
     """
 
     class Config(FilterConfig):
         where: Where = "auto"
-        """`disk`: a record for each call in `data_dir`; `redis`: sums for each minute in the
-        shared store; `auto`: there if there is one, else on disk if there is a `data_dir`, else
-        nowhere; `off`: nowhere."""
+        """`disk`: sums for each moment in `data_dir`; `redis`: sums for each minute in the shared
+        store; `auto`: there if there is one, else on disk if there is a `data_dir`, else nowhere;
+        `off`: nowhere."""
         keep_days: PositiveInt = 90
         """Older records are deleted."""
 
@@ -75,24 +73,18 @@ class Ledger(CallFilter):
         return call_next(call)
 
     def _enter(self, call: Call, end: End) -> None:
-        cached = call.get(CACHED, "")
-        has_side_calls = SIDE_CALLS in call
-        if not (call.attempts or cached or has_side_calls):
+        cached, sides = call.get(CACHED, ""), call.get(SIDE_CALLS)
+        if not (call.attempts or cached or sides is not None):
             return
         kit, usage, cost = self.kit, call.get(USAGE), call.get(COST)
-        if cached:
-            reported = None
-        elif usage is not None and usage.is_estimated:
-            reported = call.get(REPORTED)
-        else:
-            reported = usage
-        target = call.target or (call.targets[0] if call.targets else None)
+        is_estimated = usage is not None and usage.is_estimated
+        own_report = call.get(REPORTED) if is_estimated else usage
+        reported = None if cached else own_report
         model = call.model or ""
         if len(model) > MAX_MODEL:
             model = model[:MAX_MODEL]
-        record = Record(
-            kit.clock.wall(),
-            call.id,
+        target = call.target or (call.targets[0] if call.targets else None)
+        kind = (
             kit.team,
             call.key_id,
             call.endpoint.name,
@@ -103,33 +95,23 @@ class Ledger(CallFilter):
             end.outcome,
             cached,
             False,
-            usage,
-            reported,
-            call.get(LOST_USAGE),
-            cost,
-            call.attempts,
-            kit.clock.monotonic() - call.received_at,
+            is_estimated,
+            cost.currency if cost is not None else None,
         )
-        self._book.enter(record)
-        if has_side_calls:
-            self._enter_side_calls(call, record)
+        total_s = kit.clock.monotonic() - call.received_at
+        lost = call.get(LOST_USAGE)
+        self._book.enter(kind, usage, reported, lost, cost, call.attempts, total_s)
+        if sides is not None:
+            for side in sides:
+                self._enter_side_call(kind, side)
 
-    def _enter_side_calls(self, call: Call, record: Record) -> None:
-        """Theirs is a part of the call's cost, and told there."""
-        paid = None if record.cost is None else Cost(NOTHING, record.cost.currency)
-        for side in call[SIDE_CALLS]:
-            model = side.target.model or ""
-            self._book.enter(
-                record._replace(
-                    endpoint=side.endpoint,
-                    model=model,
-                    upstream=side.target.upstream.name,
-                    upstream_model=model,
-                    cached="",
-                    is_side=True,
-                    usage=side.usage,
-                    reported=None if side.usage.is_estimated else side.usage,
-                    lost=None,
-                    cost=paid,
-                )
-            )
+    def _enter_side_call(self, kind: Kind, side: SideCall) -> None:
+        """What it cost is a part of the call's cost, and told there."""
+        team, key_id, *_, status, outcome, _, _, _, currency = kind
+        usage, model = side.usage, side.target.model or ""
+        of_side = (
+            *(team, key_id, side.endpoint, model, side.target.upstream.name, model),
+            *(status, outcome, "", True, usage.is_estimated, currency),
+        )
+        reported = None if usage.is_estimated else usage
+        self._book.enter(of_side, usage, reported, None, None, 0, 0.0)

@@ -23,7 +23,7 @@ from filters.stores.ledger import Record
 from filters.stores.redis import Redis, Script
 from filters.stores.redis_ledger import RedisLedger
 from filters.stores.sqlite import Database
-from sidecar.api import Cost, Secret, Usage
+from sidecar.api import Secret, Usage
 from sidecar.cli import main
 from sidecar.metrics import Metrics
 from tests.support.ledger import cached, record
@@ -58,12 +58,11 @@ async def written(folder: Path, records: Sequence[Record], extra: str = ON_DISK)
 async def path(tmp_path: Path) -> Path:
     """Three calls of `gpt`, one of them cached, of some days."""
     now_s = time.time()
-    plain = record(time_s=now_s, cost=Cost(Decimal("0.00000615"), "USD"))
     records = [
-        plain,
-        plain._replace(time_s=now_s - 7200),
+        record(time_s=now_s, cost="0.00000615"),
+        record(time_s=now_s - 7200, cost="0.00000615"),
         cached(time_s=now_s),
-        plain._replace(time_s=now_s - 3 * 86_400, team="ads", model="claude", cost=None),
+        record(time_s=now_s - 3 * 86_400, team="ads", model="claude", cost=None),
     ]
     return await written(tmp_path, records)
 

@@ -1,4 +1,4 @@
-"""Records of calls in a SQLite file: one row each, added up by SQL when somebody asks.
+"""Records in a SQLite file: one row each, added up by SQL when somebody asks.
 
 Money is exact: it stands as decimal text and is added as `Decimal`; SQLite's own sum would be a
 float. Several processes may write the same file, and others read it meanwhile (WAL).
@@ -14,24 +14,24 @@ from pathlib import Path
 from urllib.parse import quote
 
 from filters.algo.usage_report import EXACT, NOTHING, SLOT_S, TIMES, Line, Query
-from filters.stores.ledger import NoLedger, NotWritten, Record, sayable, tokens_of
+from filters.stores.ledger import NoLedger, NotWritten, Record, sayable
 from filters.stores.sqlite import Database, open_database
 from sidecar.api import Kit
 
 NAME = "ledger.db"
 
 COLUMNS = (
-    *("time_ms", "id", "team", "key_id", "endpoint", "model", "upstream", "upstream_model"),
-    *("status", "outcome", "cached", "is_side", "is_estimated"),
+    *("time_ms", "team", "key_id", "endpoint", "model", "upstream", "upstream_model"),
+    *("status", "outcome", "cached", "is_side", "is_estimated", "currency", "calls"),
     *("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens"),
     *("cache_write_1h_tokens", "reasoning_tokens", "reported_input_tokens"),
     *("reported_output_tokens", "lost_input_tokens", "lost_output_tokens"),
-    *("cost", "currency", "attempts", "total_ms"),
+    *("attempts", "total_ms", "cost"),
 )
+"""As the fields of a record."""
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS calls (
         time_ms INTEGER NOT NULL,
-        id TEXT NOT NULL,
         team TEXT NOT NULL,
         key_id TEXT NOT NULL,
         endpoint TEXT NOT NULL,
@@ -43,6 +43,8 @@ SCHEMA = (
         cached TEXT NOT NULL,
         is_side INTEGER NOT NULL,
         is_estimated INTEGER NOT NULL,
+        currency TEXT,
+        calls INTEGER NOT NULL,
         input_tokens INTEGER NOT NULL,
         output_tokens INTEGER NOT NULL,
         cached_tokens INTEGER NOT NULL,
@@ -53,49 +55,59 @@ SCHEMA = (
         reported_output_tokens INTEGER NOT NULL,
         lost_input_tokens INTEGER NOT NULL,
         lost_output_tokens INTEGER NOT NULL,
-        cost TEXT,
-        currency TEXT,
         attempts INTEGER NOT NULL,
-        total_ms INTEGER NOT NULL
+        total_ms INTEGER NOT NULL,
+        cost TEXT
     )""",
     "CREATE INDEX IF NOT EXISTS calls_by_time ON calls (time_ms)",
+    f"SELECT {', '.join(COLUMNS)} FROM calls LIMIT 0",
 )
+"""The last one fails in a file with other columns."""
 INSERT = f"INSERT INTO calls ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 PRUNE_STEP = 1_000
 """Rows; a few milliseconds."""
 PRUNE = "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time_ms < ? LIMIT ?)"
 
+ANOTHER_VERSION = "another version has begun it, move it away to go on"
 READ_PATIENCE_S = 5.0
 """So long a reader waits for one who writes at that moment."""
 
 _NAMES = {"key": "key_id"} | dict.fromkeys(TIMES, f"time_ms / {SLOT_S * 1000} * {SLOT_S}")
 _OF_CALLS = "SUM(CASE WHEN is_side THEN 0 ELSE {} END)"
+_OF_CACHED = "SUM(CASE WHEN cached != '' THEN {} ELSE 0 END)"
+_OF_SIDE_CALLS = "SUM(CASE WHEN is_side THEN {} ELSE 0 END)"
 _SUMS = (
-    "SUM(NOT is_side)",
-    "SUM(cached != '')",
+    _OF_CALLS.format("calls"),
+    _OF_CACHED.format("calls"),
     _OF_CALLS.format("input_tokens"),
     _OF_CALLS.format("output_tokens"),
     _OF_CALLS.format("cached_tokens"),
     _OF_CALLS.format("cache_write_tokens"),
     _OF_CALLS.format("cache_write_1h_tokens"),
     _OF_CALLS.format("reasoning_tokens"),
-    _OF_CALLS.format("is_estimated"),
-    "SUM(CASE WHEN cached != '' THEN input_tokens ELSE 0 END)",
-    "SUM(CASE WHEN cached != '' THEN output_tokens ELSE 0 END)",
+    _OF_CALLS.format("is_estimated * calls"),
+    _OF_CACHED.format("input_tokens"),
+    _OF_CACHED.format("output_tokens"),
     _OF_CALLS.format("reported_input_tokens"),
     _OF_CALLS.format("reported_output_tokens"),
     "SUM(lost_input_tokens)",
     "SUM(lost_output_tokens)",
-    "SUM(is_side)",
-    "SUM(CASE WHEN is_side THEN input_tokens ELSE 0 END)",
-    "SUM(CASE WHEN is_side THEN output_tokens ELSE 0 END)",
+    _OF_SIDE_CALLS.format("calls"),
+    _OF_SIDE_CALLS.format("input_tokens"),
+    _OF_SIDE_CALLS.format("output_tokens"),
 )
 """As `MEASURES` of the report."""
 
 
 def open_disk_ledger(kit: Kit) -> DiskLedger:
     """The file in the data directory, opened now. Raises OSError when it cannot be used."""
-    return DiskLedger(open_database(kit, NAME, SCHEMA))
+    try:
+        return DiskLedger(open_database(kit, NAME, SCHEMA))
+    except OSError as error:
+        cause = error.__cause__
+        if isinstance(cause, sqlite3.OperationalError) and _is_of_another_version(cause):
+            raise OSError(f"{error}: {ANOTHER_VERSION}") from cause
+        raise
 
 
 class DiskLedger:
@@ -125,19 +137,14 @@ class DiskLedger:
 
 def _row(record: Record) -> tuple[object, ...]:
     """`COLUMNS` of it. In the thread."""
-    usage, reported, lost = tokens_of(record)
-    cost = record.cost
-    return (
-        int(record.time_s * 1000),
-        *(sayable(record.id), record.team, record.key_id, record.endpoint),
-        *(sayable(record.model), record.upstream, sayable(record.upstream_model)),
-        *(record.status, str(record.outcome), record.cached, record.is_side, usage.is_estimated),
-        *(usage.input, usage.output, usage.cached, usage.cache_write, usage.cache_write_1h),
-        *(usage.reasoning, reported.input, reported.output, lost.input, lost.output),
-        None if cost is None else format(cost.amount, "f"),
-        None if cost is None else cost.currency,
-        *(record.attempts, round(record.total_s * 1000)),
+    row = record._replace(
+        model=sayable(record.model),
+        upstream_model=sayable(record.upstream_model),
+        outcome=str(record.outcome),
     )
+    total_ms = round(record.total_s * 1000)
+    cost = None if record.currency is None else format(record.cost, "f")
+    return (int(record.time_s * 1000), *row[1:-2], total_ms, cost)
 
 
 # Reading
@@ -170,10 +177,16 @@ def read_disk(data_dir: Path, query: Query) -> Iterator[Line]:
             connection.create_aggregate("exact_sum", 1, _ExactSum)  # type: ignore[arg-type]
             found = connection.execute(sql, values).fetchall()
     except sqlite3.Error as error:
-        raise NoLedger(f"{path}: it cannot be read: {error}") from error
+        why = f"{error}: {ANOTHER_VERSION}" if _is_of_another_version(error) else str(error)
+        raise NoLedger(f"{path}: it cannot be read: {why}") from error
     count = len(query.by)
     for row in found:
         yield Line(row[:count], row[count], Decimal(row[count + 1]), row[count + 2 :])
+
+
+def _is_of_another_version(error: sqlite3.Error) -> bool:
+    """Whether our SQL does not suit the file: full, locked and damaged ones have other codes."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
 
 
 def _select(query: Query) -> tuple[str, list[object]]:

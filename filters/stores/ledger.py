@@ -1,20 +1,24 @@
-"""What each call used, written down beside the calls and read back for `sidecar usage`.
+"""What calls used, added up beside them and read back for `sidecar usage`.
 
-This is all that others import of it. Whoever enters a record only appends it to a list; every
-`GATHER_S` the list is handed to a place, which writes it together: a SQLite file
-(`disk_ledger`), or sums in the shared store (`redis_ledger`). While the place is away the list
-waits, up to `MAX_WAITING` records; what is more is dropped, counted and told.
+This is all that others import of it. What calls of the same kind used is added up at once; every
+`GATHER_S` the sums go to a place, one record for each kind however many calls there were: a SQLite
+file (`disk_ledger`), or the shared store (`redis_ledger`). While the place is away they wait, and
+what comes meanwhile is added to them, but never to a record of another minute. No more than
+`MAX_KINDS` of them wait: calls that would need another one are dropped, counted and told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from filters.algo.usage_report import Line, Query
+from filters.algo.usage_report import EXACT, NOTHING, Line, Query
 from sidecar.api import Clock, Cost, Counter, Kit, StoreAddress, Timer, Usage
 
 log = logging.getLogger(__name__)
@@ -22,11 +26,14 @@ log = logging.getLogger(__name__)
 Where = Literal["auto", "disk", "redis", "off"]
 Place = Literal["disk", "redis"]
 
-GATHER_S = 0.03
+GATHER_S = 0.1
 AGAIN_S = 1.0
 """After a failure the place is tried so often."""
-MAX_WAITING = 20_000
-"""Records; some 10 MB."""
+MAX_KINDS = 20_000
+"""Records that wait; some 20 MB."""
+TOGETHER = 1_000
+"""Records in one write, so that no turn of the loop is long."""
+MINUTE_S = 60
 TELL_S = 60.0
 """What is dropped is told so often."""
 
@@ -36,16 +43,24 @@ PRUNE_EVERY_S = 86_400.0
 PRUNE_PAUSE_S = 1.0
 """Between two steps; each is short, so that no record waits long."""
 
+MAX_TOKENS = 10**12
+"""For each call of a record: an upstream may report anything, and sums must fit into 64 bits."""
+
+Kind = tuple[str, str, str, str, str, str, int, str, str, bool, bool, str | None]
+"""What the calls of a record have in common: its fields from `team` to `currency`."""
+
 
 class Record(NamedTuple):
-    """One call at its end, or one further call that was made for it."""
+    """Calls of one kind that ended in one moment, or further calls that were made for such.
+
+    The figures are sums over them.
+    """
 
     time_s: float
-    """Of the end; Unix seconds."""
-    id: str
+    """When the last of them ended; Unix seconds. All ended in the same minute."""
     team: str
     key_id: str
-    """Stands for the caller's key; empty when it came with none."""
+    """Stands for the caller's key; empty when there was none."""
     endpoint: str
     model: str
     """As the caller named it."""
@@ -56,33 +71,66 @@ class Record(NamedTuple):
     cached: str
     """`hit`, `join`, or empty."""
     is_side: bool
-    usage: Usage | None
-    """What stands in the answer, or was counted in its place."""
-    reported: Usage | None
-    """What the provider reported for this call; nothing for a cached one."""
-    lost: Usage | None
-    cost: Cost | None
-    """None: not known. That of side calls is in the call they were made for."""
+    is_estimated: bool
+    currency: str | None
+    """None: what they cost is not known."""
+    calls: int
+    input_tokens: int
+    """What stands in the answers, or was counted in its place."""
+    output_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    cache_write_1h_tokens: int
+    reasoning_tokens: int
+    reported_input_tokens: int
+    """What the provider reported for these calls; nothing for cached ones."""
+    reported_output_tokens: int
+    lost_input_tokens: int
+    lost_output_tokens: int
     attempts: int
     total_s: float
+    cost: Decimal
+    """Exact. That of side calls is in the calls they were made for."""
 
 
-NO_USAGE = Usage()
-MAX_TOKENS = 10**12
-"""Of one call: an upstream may report anything, and sums must fit into 64 bits."""
+@dataclass(slots=True, eq=False)
+class Sums:
+    """The figures of a record that calls are still added to."""
+
+    time_s: float = 0.0
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    reported_input_tokens: int = 0
+    reported_output_tokens: int = 0
+    lost_input_tokens: int = 0
+    lost_output_tokens: int = 0
+    attempts: int = 0
+    total_s: float = 0.0
+    cost: Decimal = NOTHING
+
+    def add(self, other: Sums) -> None:
+        """What others of the same kind used."""
+        self.time_s = max(self.time_s, other.time_s)
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.cost = EXACT.add(self.cost, other.cost)
+
+    def record(self, kind: Kind) -> Record:
+        """As it is now, in figures that can be added up."""
+        most = self.calls * MAX_TOKENS
+        tokens = [min(getattr(self, name), most) for name in _TOKENS]
+        rest = (self.attempts, self.total_s, self.cost)
+        return Record._make((self.time_s, *kind, self.calls, *tokens, *rest))
 
 
-def tokens_of(record: Record) -> tuple[Usage, Usage, Usage]:
-    """Its usage, what was reported and what was lost, in figures that can be added up."""
-    return _bounded(record.usage), _bounded(record.reported), _bounded(record.lost)
-
-
-def _bounded(usage: Usage | None) -> Usage:
-    if usage is None:
-        return NO_USAGE
-    if max(usage) <= MAX_TOKENS:
-        return usage
-    return Usage._make(min(each, MAX_TOKENS) for each in usage)
+_TOKENS = tuple(name for name in Record._fields if name.endswith("_tokens"))
+_NUMBERS = ("calls", *_TOKENS, "attempts", "total_s")
+_add = EXACT.add
 
 
 def sayable(text: str) -> str:
@@ -118,29 +166,71 @@ class Ledger:
         self._writer = writer
         self._clock: Clock = kit.clock
         self._tasks = kit.tasks
-        self._records: list[Record] = []
+        self._open: dict[Kind, Sums] = {}
+        """Of this moment."""
+        self._minute_ends_s = 0.0
+        """And with it the moment; Unix seconds. 0: no call has ended in it yet."""
+        self._waiting: dict[tuple[int, Kind], Sums] = {}
+        """Of moments that are over, by their minutes since 1970."""
+        self._on_their_way = 0
+        """Records that are being written; nothing is added to them."""
         self._keeps: list[int] = []
         self._keep_days = 1
         self._timer: Timer | None = None
+        self._again: Timer | None = None
         self._pruning: Timer | None = None
         self._running: asyncio.Task[None] | None = None
         self._is_away = False
         self._is_closed = False
         self._dropped: Counter = kit.metrics.counter(
-            "llm_sidecar_ledger_dropped", "Records of calls that could not be written."
+            "llm_sidecar_ledger_dropped", "Calls of which no record could be written."
         ).child()
         self._untold = 0
         self._tell_at = 0.0
 
-    def enter(self, record: Record) -> None:
-        """Write it soon. Never waits, never raises. On the event loop."""
-        records = self._records
-        if len(records) >= MAX_WAITING or self._is_closed:
-            self._lost(1, "closed" if self._is_closed else "too many wait")
-            return
-        records.append(record)
-        if self._timer is None:
-            self._timer = self._clock.call_later(GATHER_S, self._begin)
+    def enter(
+        self,
+        kind: Kind,
+        usage: Usage | None,
+        reported: Usage | None,
+        lost: Usage | None,
+        cost: Cost | None,
+        attempts: int,
+        total_s: float,
+    ) -> None:
+        """A call ended: add what it used to its kind. Never waits. On the event loop."""
+        now_s = self._clock.wall()
+        if now_s >= self._minute_ends_s:
+            self._end_moment()
+            self._minute_ends_s = (now_s // MINUTE_S + 1) * MINUTE_S
+        sums = self._open.get(kind)
+        if sums is None:
+            sums = self._begin(kind, now_s)
+            if sums is None:
+                return
+        sums.time_s = now_s
+        sums.calls += 1
+        sums.attempts += attempts
+        sums.total_s += total_s
+        if usage is not None:
+            tokens_in, tokens_out, cached, written, reasoning, written_1h, _ = usage
+            sums.input_tokens += tokens_in
+            sums.output_tokens += tokens_out
+            if cached:
+                sums.cached_tokens += cached
+            if written:
+                sums.cache_write_tokens += written
+                sums.cache_write_1h_tokens += written_1h
+            if reasoning:
+                sums.reasoning_tokens += reasoning
+        if reported is not None:
+            sums.reported_input_tokens += reported.input
+            sums.reported_output_tokens += reported.output
+        if lost is not None:
+            sums.lost_input_tokens += lost.input
+            sums.lost_output_tokens += lost.output
+        if cost is not None:
+            sums.cost = _add(sums.cost, cost.amount)
 
     def join(self, keep_days: int) -> None:
         """A filter begins to use it. Records are kept as long as any of them wants."""
@@ -158,53 +248,90 @@ class Ledger:
     async def close(self) -> None:
         """Write what waits. What cannot be written now is lost. Idempotent."""
         self._is_closed = True
-        for timer in (self._timer, self._pruning):
+        for timer in (self._timer, self._again, self._pruning):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._pruning = None
+        self._timer = self._again = self._pruning = None
         if self._running is not None:
             await asyncio.wait((self._running,))
-        if self._records:
-            await self._write()
-        if self._records:
-            self._lost(len(self._records), "closed")
-            self._records = []
+        self._end_moment()
+        while self._waiting and await self._write():
+            pass
+        if self._waiting:
+            self._lost(_calls(self._waiting), "closed")
+            self._waiting = {}
+
+    # Gathering
+
+    def _begin(self, kind: Kind, now_s: float) -> Sums | None:
+        """The first record of its kind in this moment; None: there are too many."""
+        if self._is_closed:
+            self._lost(1, "closed")
+            return None
+        count = len(self._open) + len(self._waiting) + self._on_their_way
+        if count >= MAX_KINDS and (_minute(now_s), kind) not in self._waiting:
+            self._lost(1, "too many wait")
+            return None
+        if self._timer is None:
+            self._timer = self._clock.call_later(GATHER_S, self._gather)
+        sums = self._open[kind] = Sums()
+        return sums
+
+    def _gather(self) -> None:
+        self._timer = None
+        self._end_moment()
+        if self._running is None and self._again is None:
+            self._begin_writing()
+
+    def _end_moment(self) -> None:
+        sums_of, self._open = self._open, {}
+        self._minute_ends_s = 0.0
+        for kind, sums in sums_of.items():
+            self._wait((_minute(sums.time_s), kind), sums)
+
+    def _wait(self, key: tuple[int, Kind], sums: Sums) -> None:
+        there = self._waiting.setdefault(key, sums)
+        if there is not sums:
+            there.add(sums)
 
     # Writing
 
-    def _begin(self) -> None:
+    def _begin_writing(self) -> None:
+        self._again = None
         self._running = self._tasks.start(self._write_all(), name="ledger")
 
     async def _write_all(self) -> None:
-        """Until nothing waits, or the place is away; `_timer` stands until then."""
+        """Until nothing waits, or the place is away."""
         try:
-            while self._records and await self._write():
+            while self._waiting and await self._write():
                 pass
         finally:
-            self._running = self._timer = None
-            if self._records and not self._is_closed:
-                self._timer = self._clock.call_later(AGAIN_S, self._begin)
+            self._running = None
+            if self._waiting and not self._is_closed:
+                self._again = self._clock.call_later(AGAIN_S, self._begin_writing)
 
     async def _write(self) -> bool:
         """Whether the place is there; if not, the records still wait."""
-        records = self._records
-        count = len(records)
+        keys = list(islice(self._waiting, TOGETHER))
+        batch = {key: self._waiting.pop(key) for key in keys}
+        records = [sums.record(kind) for (_, kind), sums in batch.items()]
+        self._on_their_way = len(records)
         try:
-            await self._writer.write(records[:count], self._keep_days)
+            await self._writer.write(records, self._keep_days)
         except NotWritten as error:
+            for key, sums in batch.items():
+                self._wait(key, sums)
             if not self._is_away:
                 self._is_away = True
                 log.warning("ledger_waits", extra={"error": str(error)})
             return False
-        except asyncio.CancelledError:  # it is on its way, and will be written
-            del records[:count]
-            raise
         except Exception as error:
-            self._lost(count, str(error) or type(error).__name__)
-        del records[:count]
+            self._lost(_calls(batch), str(error) or type(error).__name__)
+        finally:  # also when we are cancelled: then it is on its way, and will be written
+            self._on_their_way = 0
         if self._is_away:
             self._is_away = False
-            log.info("ledger_goes_on", extra={"records": count})
+            log.info("ledger_goes_on", extra={"records": len(records)})
         return True
 
     def _lost(self, count: int, reason: str) -> None:
@@ -212,7 +339,7 @@ class Ledger:
         self._untold += count
         now = self._clock.monotonic()
         if now >= self._tell_at:
-            log.warning("ledger_dropped", extra={"records": self._untold, "reason": reason})
+            log.warning("ledger_dropped", extra={"calls": self._untold, "reason": reason})
             self._untold, self._tell_at = 0, now + TELL_S
 
     # Pruning
@@ -233,7 +360,15 @@ class Ledger:
             self._pruning = self._clock.call_later(pause_s, self._prune)
 
     def __repr__(self) -> str:
-        return f"<Ledger {self._writer!r} waiting={len(self._records)}>"
+        return f"<Ledger {self._writer!r} waiting={len(self._open) + len(self._waiting)}>"
+
+
+def _minute(time_s: float) -> int:
+    return int(time_s) // MINUTE_S
+
+
+def _calls(waiting: Mapping[tuple[int, Kind], Sums]) -> int:
+    return sum(sums.calls for sums in waiting.values())
 
 
 def place_of(where: Where, store: StoreAddress, data_dir: Path | None) -> Place | None:

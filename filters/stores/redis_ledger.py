@@ -1,5 +1,4 @@
-"""Sums of calls in the shared store: one hash for each minute, so that it grows with the minutes
-and kinds of calls, not with the calls.
+"""Records in the shared store, added up: one hash for each minute.
 
     {prefix}:ledger:{minute}       field `{group}:{measure}`, an integer; minutes since 1970
     {prefix}:ledger:groups:{day}   field `{group}`, what it stands for as JSON; days since 1970
@@ -22,20 +21,19 @@ from typing import TYPE_CHECKING
 import orjson
 
 from filters.algo.usage_report import EXACT, MEASURES, SLOT_S, TIMES, Line, Name, Query
-from filters.stores.ledger import NoLedger, NotWritten, Record, sayable, tokens_of
+from filters.stores.ledger import MINUTE_S, NoLedger, NotWritten, Record, sayable
 from filters.stores.redis import Argument, Redis, Script
 from sidecar.api import StoreAddress
 
 if TYPE_CHECKING:
     from redis import Redis as Client
 
-MINUTE_S = 60
 DAY_S = 86_400
 UNITS = 12
 """Digits behind the point."""
 COST = "cost"
 MAX_COST = 10**17
-"""Of one call; hashes count in 64 bits."""
+"""Of one record; hashes count in 64 bits."""
 READ_PATIENCE_S = 10.0
 READ_STEP = 500
 """Minutes that are asked for together."""
@@ -77,31 +75,29 @@ class RedisLedger:
 
 
 def _group(record: Record) -> Group:
-    currency = None if record.cost is None else record.cost.currency
     return (
         *(record.team, sayable(record.model), record.upstream, sayable(record.upstream_model)),
         record.endpoint,
-        *(record.key_id, record.cached, record.status, currency),
+        *(record.key_id, record.cached, record.status, record.currency),
     )
 
 
 def _amounts(record: Record) -> tuple[int, ...]:
     """As `MEASURES`, and the cost."""
-    usage, reported, lost = tokens_of(record)
-    cost = 0
-    if record.cost is not None:
-        units = record.cost.amount.scaleb(UNITS, EXACT)
-        cost = min(MAX_COST, int(units.to_integral_value(ROUND_HALF_EVEN)))
+    units = record.cost.scaleb(UNITS, EXACT).to_integral_value(ROUND_HALF_EVEN)
+    cost = min(MAX_COST, int(units))
+    tokens = (record.input_tokens, record.output_tokens)
     if record.is_side:
         rest: tuple[int, ...] = (0,) * (len(MEASURES) - 3)
-        return (*rest, 1, usage.input, usage.output, cost)
+        return (*rest, record.calls, *tokens, cost)
     is_cached = record.cached != ""
     return (
-        *(1, int(is_cached), usage.input, usage.output),
-        *(usage.cached, usage.cache_write, usage.cache_write_1h, usage.reasoning),
-        int(usage.is_estimated),
-        *((usage.input, usage.output) if is_cached else (0, 0)),
-        *(reported.input, reported.output, lost.input, lost.output),
+        *(record.calls, record.calls if is_cached else 0, *tokens),
+        *(record.cached_tokens, record.cache_write_tokens, record.cache_write_1h_tokens),
+        *(record.reasoning_tokens, record.calls if record.is_estimated else 0),
+        *(tokens if is_cached else (0, 0)),
+        *(record.reported_input_tokens, record.reported_output_tokens),
+        *(record.lost_input_tokens, record.lost_output_tokens),
         *(0, 0, 0),
         cost,
     )
