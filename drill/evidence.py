@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from drill.accounts import Accounts
 from drill.callers import CallRecord
 from drill.plan import Plan
 from drill.providers import Attempt, Ledger
@@ -81,6 +82,7 @@ class Evidence:
     plan: Plan
     calls: list[CallRecord]
     ledger: Ledger
+    accounts: Accounts
     figures: Figures
     leftovers: Leftovers
     log: list[dict[str, Any]]  # lines of all sidecars

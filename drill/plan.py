@@ -75,6 +75,12 @@ KINDS = tuple(
     )
 )
 
+
+def label_of(model: str) -> str:
+    """How metrics call the models of one provider and dialect: `gpt-flaky-*`."""
+    return f"{model.rpartition('-')[0]}-*"
+
+
 STREAMS = tuple(kind for kind in KINDS if kind.is_stream)
 
 LEAVING_SHARE = 0.02
@@ -166,6 +172,7 @@ CONFIG = """
 listen: 127.0.0.1:0
 admin: 127.0.0.1:0
 store: {store}
+data_dir: state
 teams: teams/*.yaml
 log: {{access: {log}}}
 
@@ -215,12 +222,14 @@ models:
 
 chains:
   default:
-    call: [request_id, metrics, access_log, rate_limit, token_budget, token_counter,
+    call: [request_id, metrics, access_log, ledger, rate_limit, token_budget, token_counter,
       priority_queue, retry]
     attempt: [circuit_breaker, timeout, upstream_limits, sign]
 
 # Every call takes and gives back. None is refused, but by a bound in its team's file.
 filters:
+  # The store forgets everything in the midst of it.
+  ledger: {{where: disk}}
   rate_limit: {{requests_per_second: 5000, concurrency: 2000}}
   token_budget: {{tokens_per_minute: 100000000}}
   # Calls to the provider that is down hold their places, so that others have to wait for theirs.

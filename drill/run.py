@@ -16,6 +16,7 @@ import aiohttp
 import redis
 
 from bench.measure import cpu_ns
+from drill.accounts import read_accounts
 from drill.callers import Callers
 from drill.evidence import Evidence, Figures, Leftovers
 from drill.plan import Plan, write_config
@@ -41,8 +42,8 @@ async def run(plan: Plan, tell: Callable[[str], None]) -> Evidence:
         stack.push_async_callback(providers.stop)
         ports = await providers.start()
         sidecars: list[SidecarProcess] = []
-        for number in range(plan.sidecars):
-            own = folder / str(number)
+        folders = [folder / str(number) for number in range(plan.sidecars)]
+        for own in folders:
             own.mkdir()
             running = started("run", "--config", str(write_config(own, plan, ports, store.url)))
             sidecars.append(await stack.enter_async_context(running))
@@ -96,16 +97,18 @@ async def run(plan: Plan, tell: Callable[[str], None]) -> Evidence:
         tell(f"{wall_s:5.1f} s  every call is over")
         leftovers = await watch.at_rest()
         figures = await watch.figures()
+        exit_codes = [await each.end() for each in sidecars]
         return Evidence(
             plan=plan,
             calls=callers.calls,
             ledger=providers.ledger,
+            accounts=read_accounts(folders),
             figures=figures,
             leftovers=leftovers,
             outage=(outage[0], outage[1]),
             wall_s=wall_s,
             cpu_s=cpu_s,
-            exit_codes=[await each.end() for each in sidecars],
+            exit_codes=exit_codes,
             log=[line for each in sidecars for line in each.log]
             + [{"event": text, "level": "error"} for each in sidecars for text in each.errors],
             stray_bytes=callers.stray_bytes,

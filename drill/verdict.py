@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from operator import ge
 from typing import NamedTuple
 
 from drill.callers import GRACE_S, Ending
 from drill.evidence import Evidence
-from drill.plan import BOUNDED_TEAM, TEAMS
+from drill.plan import BOUNDED_TEAM, KINDS, TEAMS, label_of
 
+KINDS_OF_TOKENS = ("input", "output")
 ANSWERED_SHARE = 0.995
 AFTERMATH_S = 5.0
 """After the outage, until those who waited are served."""
@@ -32,6 +34,7 @@ class Check(NamedTuple):
 def checks(evidence: Evidence) -> Iterator[Check]:
     """Every promise of the drill."""
     yield from _settlement(evidence)
+    yield from _ledger(evidence)
     yield from _leftovers(evidence)
     yield _breaker(evidence)
     yield from _answers(evidence)
@@ -63,37 +66,25 @@ def _verdict(evidence: Evidence, found: Sequence[Check]) -> str:
 
 
 def _settlement(evidence: Evidence) -> Iterator[Check]:
-    figures = evidence.figures
+    figures, accounts = evidence.figures, evidence.accounts
     settled = figures.by("llm_sidecar_budget_tokens", "team", "kind", "source")
-    told: Counter[tuple[str, str]] = Counter()
-    counted: Counter[tuple[str, str]] = Counter()
-    for call in evidence.calls:
-        for attempt in evidence.attempts(call):
-            if attempt.told is None:
-                continue
-            told[call.team, "input"] += attempt.told.input_tokens
-            told[call.team, "output"] += attempt.told.output_tokens
-            counted[call.kind.model, "input"] += attempt.told.input_tokens
-            counted[call.kind.model, "output"] += attempt.told.output_tokens
+    told = _told(evidence)
     for team in TEAMS:
-        served = [told[team, kind] for kind in ("input", "output")]
-        paid = [int(settled[team, kind, "reported"]) for kind in ("input", "output")]
+        served = _pair(told, team)
+        paid = [int(settled[team, kind, "reported"]) for kind in KINDS_OF_TOKENS]
         yield Check(
             f"settled usage of {team} is what the provider reported",
             f"input {paid[0]} of {served[0]}, output {paid[1]} of {served[1]}",
             paid == served and min(served) > 0,
         )
     tokens = figures.by("llm_api_tokens", "model", "direction")
-    by_label: Counter[tuple[str, str]] = Counter()
-    for (model, direction), number in counted.items():
-        by_label[f"{model.rpartition('-')[0]}-*", direction] += number
-    for label in sorted({label for label, _ in by_label}):
-        served = [by_label[label, direction] for direction in ("input", "output")]
-        seen = [int(tokens[label, direction]) for direction in ("input", "output")]
+    for label in sorted({label_of(kind.model) for kind in KINDS}):
+        seen, used = _pair(tokens, label), _pair(accounts.used, label)
+        served = _pair(told, label)
         yield Check(
-            f"counted usage of {label} is what the provider reported",
-            f"input {seen[0]} of {served[0]}, output {seen[1]} of {served[1]}",
-            seen == served and min(served) > 0,
+            f"counted usage of {label} is that of the ledger, and no less than was reported",
+            f"input {seen[0]} of {used[0]}, output {seen[1]} of {used[1]}",
+            seen == used and min(served) > 0 and all(map(ge, used, served)),
         )
     made = int(figures.total("llm_sidecar_budget_reservations"))
     ended = figures.by("llm_sidecar_budget_settlements", "source")
@@ -107,6 +98,41 @@ def _settlement(evidence: Evidence) -> Iterator[Check]:
         # Who left early may have done so before anything was reserved.
         made == sum(ended.values()) and most - left_early <= made <= most,
     )
+
+
+def _ledger(evidence: Evidence) -> Iterator[Check]:
+    accounts, told = evidence.accounts, _told(evidence)
+    for name in [*TEAMS, *sorted({label_of(kind.model) for kind in KINDS})]:
+        served, entered = _pair(told, name), _pair(accounts.reported, name)
+        yield Check(
+            f"the ledger has of {name} what the provider reported",
+            f"input {entered[0]} of {served[0]}, output {entered[1]} of {served[1]}",
+            entered == served and min(served) > 0,
+        )
+    seen = sum(bool(evidence.attempts(call)) for call in evidence.calls)
+    refused = sum(call.is_refused for call in evidence.calls)
+    yield Check(
+        "each call that a provider saw is in the ledger once",
+        f"{accounts.calls} calls; providers saw {seen}",
+        # A provider that was down saw nothing of those that were meant for it.
+        seen <= accounts.calls <= len(evidence.calls) - refused,
+    )
+
+
+def _told(evidence: Evidence) -> Counter[tuple[str, str]]:
+    """What the providers told, by team or label, and `input` or `output`."""
+    told: Counter[tuple[str, str]] = Counter()
+    for call in evidence.calls:
+        for attempt in evidence.attempts(call):
+            if attempt.told is not None:
+                for name in (call.team, label_of(call.kind.model)):
+                    told[name, "input"] += attempt.told.input_tokens
+                    told[name, "output"] += attempt.told.output_tokens
+    return told
+
+
+def _pair(tokens: Counter[tuple[str, str]] | Counter[tuple[str, ...]], name: str) -> list[int]:
+    return [int(tokens[name, kind]) for kind in KINDS_OF_TOKENS]
 
 
 # What is left

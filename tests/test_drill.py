@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from drill.accounts import Accounts
 from drill.callers import CallRecord, Ending, judge
 from drill.evidence import Evidence, Figures, Leftovers
-from drill.plan import BOUNDED_TEAM, KINDS, SHORT, TEAMS, Kind
+from drill.plan import BOUNDED_TEAM, KINDS, SHORT, TEAMS, Kind, label_of
 from drill.providers import Attempt, Ledger
 from drill.verdict import checks, report
 from sidecar.metrics import Metrics
@@ -113,7 +113,7 @@ def good_evidence() -> Evidence:
     """
     calls: list[CallRecord] = []
     ledger = Ledger()
-    tokens: Counter[tuple[str, str]] = Counter()
+    accounts = Accounts()
     metrics = Metrics()
     settled = metrics.counter("llm_sidecar_budget_tokens", "", ("team", "kind", "source"))
     counted = metrics.counter("llm_api_tokens", "", ("model", "direction"))
@@ -126,11 +126,11 @@ def good_evidence() -> Evidence:
                 attempt(1.0, None),
                 attempt(1.2, Told(1, kind.words, 6)),
             ]
-            label = f"{kind.model.rpartition('-')[0]}-*"
+            label = label_of(kind.model)
+            accounts.add(team, kind.model, 1, (kind.words, 6), (kind.words, 6))
             for direction, amount in (("input", kind.words), ("output", 6)):
                 settled.child(team, direction, "reported").inc(amount)
                 counted.child(label, direction).inc(amount)
-                tokens[team, direction] += amount
     early = CallRecord(len(calls), OPENAI_PLAIN, "search", due_at=0.0, sent_at=1.0, done_at=1.3)
     ledger.attempts[early.number] = [attempt(1.1, None)]
     midway = CallRecord(early.number + 1, ANTHROPIC_STREAM, "search", due_at=0.0, sent_at=1.0)
@@ -139,6 +139,7 @@ def good_evidence() -> Evidence:
     for name, amount in (("input", 5), ("output", 1)):
         settled.child("search", name, "reported").inc(amount)
         counted.child("claude-flaky-*", name).inc(amount)
+    accounts.add("search", midway.kind.model, 2, (5, 1), (5, 1))
     for call in (early, midway):
         call.ending = Ending.LEFT
         last = ledger.attempts[call.number][-1]
@@ -164,6 +165,7 @@ def good_evidence() -> Evidence:
         plan=SHORT,
         calls=calls,
         ledger=ledger,
+        accounts=accounts,
         figures=Figures(metrics.snapshot()),
         leftovers=Leftovers(),
         log=[{"event": "circuit_opened", "level": "warning"}],
@@ -200,6 +202,22 @@ def _settle_twice(evidence: Evidence) -> None:
 
 def _serve_more(evidence: Evidence) -> None:
     evidence.ledger.attempts[0].append(attempt(1.3, Told(1, 1, 1)))
+
+
+def _leave_out(evidence: Evidence) -> None:
+    evidence.accounts.calls = len(evidence.calls) - 2
+
+
+def _enter_refused(evidence: Evidence) -> None:
+    evidence.accounts.calls = len(evidence.calls)
+
+
+def _enter_less(evidence: Evidence) -> None:
+    evidence.accounts.reported["search", "output"] -= 1
+
+
+def _estimate_unseen(evidence: Evidence) -> None:
+    evidence.accounts.used["gpt-flaky-*", "input"] += 1
 
 
 def _hold(evidence: Evidence) -> None:
@@ -331,6 +349,13 @@ def _limit_otherwise(evidence: Evidence) -> None:
     [
         (_settle_twice, "settled usage of search"),
         (_serve_more, "settled usage of search"),
+        (_leave_out, "each call that a provider saw is in the ledger once"),
+        (_enter_refused, "each call that a provider saw is in the ledger once"),
+        (_enter_less, "the ledger has of search what the provider reported"),
+        (_serve_more, "the ledger has of search what the provider reported"),
+        (_serve_more, "the ledger has of gpt-flaky-* what the provider reported"),
+        (_serve_more, "counted usage of gpt-flaky-* is that of the ledger"),
+        (_estimate_unseen, "counted usage of gpt-flaky-* is that of the ledger"),
         (_hold, "nothing is held at rest"),
         (_log, "no task, debt or settlement failed"),
         (_exit, "the sidecars stopped with nothing open"),
