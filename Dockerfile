@@ -13,7 +13,7 @@ RUN pip --python /opt/sidecar/bin/python install --no-cache-dir --no-deps --only
         --require-hashes -r requirements/run.txt
 
 # The lock holds the build backend too, so the product's own wheel is built with no network.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY sidecar/ sidecar/
 COPY filters/ filters/
 RUN pip --python /opt/sidecar/bin/python install --no-cache-dir --no-deps --no-index \
@@ -25,6 +25,13 @@ ENV PATH=/opt/sidecar/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 COPY --from=build /opt/sidecar /opt/sidecar
 # A start that works as it is; in use, mount your own directory over /etc/sidecar.
 COPY config.yaml /etc/sidecar/config.yaml
+# Where data_dir is to be: mount a volume there to keep books and budgets. The configuration above
+# says .sidecar, beside itself, where nobody may write.
+RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/sidecar && \
+    ln -s /var/lib/sidecar /etc/sidecar/.sidecar
+# Days of budgets begin at a team's midnight. The base has the zone files; one that has none fails
+# here, and not when a team names its zone.
+RUN ["/opt/sidecar/bin/python", "-c", "from zoneinfo import ZoneInfo; ZoneInfo('Asia/Shanghai')"]
 
 # A number, not a name: Kubernetes cannot check runAsNonRoot against a name.
 USER 10001:10001

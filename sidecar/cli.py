@@ -260,7 +260,8 @@ def sign_request(path: Path | None, name: str | None) -> None:
 @click.option("--listen", default="127.0.0.1:8081", show_default=True)
 @click.option("--script", type=_CONFIG, help="YAML rules that say how to answer.")
 def mock(listen: str, script: Path | None) -> None:
-    """Serve the scripted provider alone: OpenAI and Anthropic dialects, no key.
+    """Serve the scripted provider alone, in all dialects, without a key: OpenAI, Anthropic,
+    DashScope, Qianfan v1.
 
     Requests steer it by headers such as `x-mock-status: 429`; docs/mock.md lists them.
 

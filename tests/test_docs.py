@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -423,9 +423,40 @@ def codes_of(source: Path) -> set[str]:
     return found
 
 
+SOURCES = [*(ROOT / "sidecar").rglob("*.py"), *(ROOT / "filters").rglob("*.py")]
+
+
+def first_words_of_calls(methods: Collection[str]) -> set[str]:
+    """The first arguments of all calls of methods with such names, as far as they are texts."""
+    return {
+        node.args[0].value
+        for source in SOURCES
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in methods
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    }
+
+
+def test_every_metric_is_listed_for_operators() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    made = first_words_of_calls(("counter", "gauge", "histogram"))
+    assert {"llm_sidecar_cache", "llm_api_open_calls", "llm_sidecar_overhead_seconds"} <= made
+    assert {name for name in made if not re.search(rf"`{name}(_total)?`", page)} == set()
+
+
+def test_every_event_of_the_log_is_explained() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    logged = first_words_of_calls(("info", "warning", "error", "exception"))
+    assert {"reloaded", "price_unknown", "store_down"} <= logged
+    assert {name for name in logged if f"`{name}`" not in page} == set()
+
+
 def test_every_error_code_is_explained() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
-    sources = [*(ROOT / "sidecar").rglob("*.py"), *(ROOT / "filters").rglob("*.py")]
-    codes = set().union(*map(codes_of, sources))
+    codes = set().union(*map(codes_of, SOURCES))
     assert {"model_not_found", "upstream_closed", "origin_not_allowed"} <= codes
     assert {code for code in codes if f"`{code}`" not in page} == set()

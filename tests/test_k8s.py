@@ -5,12 +5,13 @@ checked here: field names, ports, probe targets, the shutdown budget, secret nam
 build. What only a cluster knows (image pulls, scheduling) is left to it.
 """
 
+import os
 import re
 import subprocess
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
+
+from tests.support.process import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 K8S = ROOT / "k8s"
@@ -292,8 +295,18 @@ def mounted_files(spec: Manifest, sidecar: Manifest) -> dict[Path, str]:
             assert volume["secret"]["secretName"] == source["metadata"]["name"]
             files |= {root / key: value for key, value in source["stringData"].items()}
         else:
-            assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Mi"}
+            assert "emptyDir" in volume
     return files
+
+
+def moved_to(root: Path, files: Mapping[Path, str]) -> None:
+    """Write what is mounted below `root`, and let the Pod's absolute paths in it lead there."""
+    for path, content in files.items():
+        here = root / path.relative_to("/")
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.write_text(
+            re.sub(r"(?=/etc/sidecar|/run/secrets|/var/lib/sidecar)", str(root), content)
+        )
 
 
 def test_every_secret_the_config_names_is_mounted_and_no_other(
@@ -337,11 +350,7 @@ def test_sidecar_check_accepts_the_mounted_config(
     files = mounted_files(spec, sidecar)
     start = Path(sidecar["args"][sidecar["args"].index("--config") + 1])
     assert start in files
-    for path, content in files.items():
-        here = tmp_path / path.relative_to("/")
-        here.parent.mkdir(parents=True, exist_ok=True)
-        # The Pod's absolute paths, moved below the test's directory.
-        here.write_text(re.sub(r"(?=/etc/sidecar|/run/secrets)", str(tmp_path), content))
+    moved_to(tmp_path, files)
     check = subprocess.run(
         [sys.executable, "-m", "sidecar", "check", str(tmp_path / start.relative_to("/"))],
         cwd=ROOT,
@@ -351,6 +360,64 @@ def test_sidecar_check_accepts_the_mounted_config(
     )
     assert check.returncode == 0, check.stdout + check.stderr
     assert "REPLACE-ME" not in check.stdout + check.stderr
+
+
+# What is written
+
+
+def files_below(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+def volume_of(spec: Manifest, sidecar: Manifest, directory: str) -> Manifest:
+    """The volume that is mounted there, writable."""
+    (mount,) = [each for each in sidecar["volumeMounts"] if each["mountPath"] == directory]
+    assert not mount.get("readOnly")
+    (volume,) = [each for each in spec["volumes"] if each["name"] == mount["name"]]
+    return dict(volume)
+
+
+def test_data_directory_is_a_bounded_volume_on_disk(
+    spec: Manifest, sidecar: Manifest, config: Manifest
+) -> None:
+    assert volume_of(spec, sidecar, config["data_dir"])["emptyDir"] == {"sizeLimit": "1Gi"}
+    assert volume_of(spec, sidecar, "/tmp")["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Mi"}
+
+
+def test_nothing_is_mounted_writable_but_data_and_tmp(sidecar: Manifest, config: Manifest) -> None:
+    writable = {each["mountPath"] for each in sidecar["volumeMounts"] if not each.get("readOnly")}
+    assert writable == {config["data_dir"], "/tmp"}
+
+
+async def test_mounted_config_keeps_the_books_in_the_data_directory(
+    spec: Manifest, sidecar: Manifest, config: Manifest, tmp_path: Path
+) -> None:
+    files = mounted_files(spec, sidecar)
+    start = Path(sidecar["args"][sidecar["args"].index("--config") + 1])
+    files[start] = re.sub(
+        r"^(listen|admin): .*$", r"\1: 127.0.0.1:0", files[start], flags=re.MULTILINE
+    )
+    moved_to(tmp_path, files)
+    before = files_below(tmp_path)
+    async with serving(tmp_path / start.relative_to("/")) as process:
+        assert await process.end() == 0
+    written = files_below(tmp_path) - before
+    data_dir = tmp_path / Path(config["data_dir"]).relative_to("/")
+    assert {path.name for path in written} == {"ledger.db"}
+    assert {path.parent for path in written} == {data_dir}
+
+
+def test_books_of_a_week_fit_into_the_volume(config: Manifest) -> None:
+    calls_per_s, bytes_per_call = 5, 160
+    size = config["filters"]["ledger"]["keep_days"] * 86_400 * calls_per_s * bytes_per_call
+    assert size < 2**30
+
+
+def test_what_the_config_lets_the_process_keep_fits_into_its_memory(config: Manifest) -> None:
+    filters, limit_mib, begins_with_mib, for_calls_mib = config["filters"], 128, 72, 20
+    assert filters["token_counter"]["max_vocabularies"] == 0
+    cache_mib = 2 * filters["cache"]["max_bytes"] / 2**20  # kept, and still coming
+    assert begins_with_mib + cache_mib + for_calls_mib <= limit_mib
 
 
 # The image
@@ -384,6 +451,46 @@ def test_image_and_manifest_start_the_same_command(sidecar: Manifest) -> None:
     command = {words[0]: " ".join(words[1:]) for words in dockerfile()}
     assert yaml.safe_load(command["ENTRYPOINT"]) == ["sidecar"]
     assert yaml.safe_load(command["CMD"]) == sidecar["args"]
+
+
+def test_image_has_a_data_directory_of_its_user_where_both_configs_want_it(
+    config: Manifest,
+) -> None:
+    (run,) = [" ".join(words[1:]) for words in dockerfile() if words[1:2] == ["install"]]
+    (user,) = [words[1] for words in dockerfile() if words[0] == "USER"]
+    uid, gid = user.split(":")
+    shipped = yaml.safe_load((ROOT / "config.yaml").read_text())["data_dir"]
+    assert run.split(" && ") == [
+        f"install -d -o {uid} -g {gid} -m 0700 {config['data_dir']}",
+        f"ln -s {config['data_dir']} /etc/sidecar/{shipped}",
+    ]
+
+
+def test_image_is_not_built_without_time_zones() -> None:
+    (words,) = [words for words in dockerfile() if "zoneinfo" in words]
+    python, *arguments = yaml.safe_load(" ".join(words[1:]))
+    assert python.startswith("/opt/sidecar/bin/")
+    # Without its packages (-S), which might bring zones of their own.
+    for zones, is_built in ((os.environ.get("PYTHONTZPATH"), True), ("", False)):
+        environ = {} if zones is None else {"PYTHONTZPATH": zones}
+        run = subprocess.run(
+            [sys.executable, "-S", *arguments], env=environ, capture_output=True, timeout=30
+        )
+        assert (run.returncode == 0) == is_built
+
+
+def test_image_has_the_licences_that_the_package_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    copied = {source for words in dockerfile() if words[0] == "COPY" for source in words[1:-1]}
+    assert set(project["license-files"]) <= copied
+
+
+@pytest.mark.parametrize("extra", ["redis", "tokens", "bloom"])
+def test_image_has_the_packages_of_the_extra(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements/run.txt").read_text(), re.M))
+    wanted = [re.match(r"[A-Za-z0-9-]+", each) for each in project["optional-dependencies"][extra]]
+    assert {found[0] for found in wanted if found} <= locked
 
 
 def test_what_the_dockerfile_copies_exists_and_is_in_the_build_context() -> None:

@@ -196,8 +196,9 @@ class UpstreamSettings(Settings):
     dialect: Literal["openai", "anthropic", "dashscope", "qianfan"]
     """What it speaks."""
     base_url: Annotated[str, AfterValidator(_base_url)]
-    """What its SDK would be given: with `/v1` for OpenAI-like providers, without for Anthropic.
-    `unix:/path.sock:/v1` for a unix socket, `mock:` for the embedded provider."""
+    """What its SDK would be given: with `/v1` for OpenAI-like providers, without for Anthropic;
+    with or without `/api/v1` for DashScope, up to `/rpc` for Qianfan. `unix:/path.sock:/v1` for a
+    unix socket, `mock:` for the embedded provider."""
     timeouts: TimeoutSettings = TimeoutSettings()
     pool: PoolSettings = PoolSettings()
     tls: TlsSettings = TlsSettings()
