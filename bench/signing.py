@@ -120,6 +120,7 @@ def _filter(name: str) -> Sign:
     settings = SignSettings.variant(values).model_validate(values)
     kit = Kit(
         data_dir=None,
+        places={},
         find_model=lambda name: None,
         clock=SystemClock(),
         metrics=Metrics(),

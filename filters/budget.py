@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -55,6 +55,7 @@ from sidecar.api import (
     Counter,
     End,
     FilterConfig,
+    Ground,
     Kit,
     Rejected,
     Reply,
@@ -63,6 +64,9 @@ from sidecar.api import (
 )
 
 MAX_PLANS = 4096
+MOST_PART = 10**13
+"""One call takes no more of a sum, in parts: ten thousand dollars. An upstream that reports
+nonsense must not bring a sum near to where stores stop to count exactly."""
 WARNING_HEADER = "x-sidecar-budget-warning"
 DEGRADED_HEADER = "x-sidecar-degraded"
 NO_RETRY = {"x-should-retry": "false"}
@@ -116,6 +120,11 @@ class Budget(CallFilter):
         """What happens to calls whose price nobody knows, where money is counted."""
         when_store_is_down: WhenDown = "local_share"
         """Let every call in, none, or each process its share of what is left."""
+
+        def lacks(self, ground: Ground) -> Iterable[tuple[tuple[str | int, ...], str]]:
+            for index, limit in enumerate(self.limits):
+                if limit.to is not None and ground.dialect_of(limit.to) is None:
+                    yield ("limits", index, "to"), f'"{limit.to}" is not among `models`'
 
         @field_validator("timezone")
         @classmethod
@@ -270,7 +279,11 @@ class Budget(CallFilter):
         names = self._read(call)
         plan = self._plans.get(names)
         if plan is None or not plan.starts_at <= now < plan.ends_at:
-            if len(self._plans) >= MAX_PLANS:  # callers' keys may be many
+            # All end at the same moment; and callers' keys may be many.
+            one = next(iter(self._plans.values()), None)
+            if one is not None and not one.starts_at <= now < one.ends_at:
+                self._plans.clear()
+            elif len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             plan = self._plans[names] = self._make_plan(names, now)
         if self._read.is_fixed:
@@ -283,8 +296,10 @@ class Budget(CallFilter):
         periods = [calendar.at(now) for calendar in self._calendars]
         models = "" if self._models is None else f"models={','.join(sorted(self.config.models))},"
         accounts = [
-            Account(f"{kind}|{period.name}|{models}{key_of(per, names)}", period.ends_at)
-            for kind, period in zip(self._kinds, periods, strict=True)
+            Account(
+                f"{kind}|{calendar.key_of(period)}|{models}{key_of(per, names)}", period.ends_at
+            )
+            for kind, calendar, period in zip(self._kinds, self._calendars, periods, strict=True)
         ]
         return Plan(
             self._spending.purse(accounts),
@@ -302,16 +317,13 @@ class Budget(CallFilter):
         if self._currencies:
             prices = call[PRICES]
             self._enter(parts, prices, prices.estimate(call, tokens_in, tokens_out))
-        return Asked([parts[kind] or 0 for kind in self._kinds], None not in parts.values())
+        amounts = [min(parts[kind] or 0, MOST_PART) for kind in self._kinds]
+        return Asked(amounts, None not in parts.values())
 
     def _enter(self, parts: Parts, prices: Prices, cost: Cost | None) -> None:
-        """Enter a cost in each currency that is counted; None: in that one nobody knows it."""
+        """Enter a cost in each currency that is counted."""
         for kind, currency in self._currencies.items():
-            amount = None
-            if cost is not None:
-                is_same = cost.currency == currency
-                amount = cost.amount if is_same else prices.convert(cost, currency)
-            parts[kind] = None if amount is None else parts_of_money(amount)
+            parts[kind] = _money(prices, cost, currency)
 
     def _meet_unpriced(self, plan: Plan) -> None:
         self._unpriced.value += 1
@@ -336,7 +348,7 @@ class Budget(CallFilter):
         """What it took of each sum.
 
         An answer whose usage nobody knows, not even as an estimate, has taken what was reserved;
-        one that has no price, as well.
+        one whose price is not known as a whole, what is known of it, if that is more.
         """
         usage, lost, side = call.get(USAGE), call.get(LOST_USAGE), call.get(SIDE_CALLS)
         was_asked = call.attempts > 0 and CACHED not in call
@@ -351,20 +363,31 @@ class Budget(CallFilter):
         parts: Parts = {"tokens": sum(each.input + each.output for each in used)}
         if self._currencies:
             prices = call[PRICES]
-            cost = prices.charge(call)
-            if cost is None and usage is None and lost is not None:
-                cost = prices.estimate(call, lost.input, lost.output)
-            self._enter(parts, prices, cost)
-            if asked.is_priced and None in parts.values():
-                self._unpriced.value += 1
+            self._enter(parts, prices, prices.charge(call))
+        unknown = [kind for kind, part in parts.items() if part is None]
+        if unknown and not self._enter_known(parts, unknown, call) and asked.is_priced:
+            self._unpriced.value += 1
         amounts = []
         for kind, reserved in zip(self._kinds, asked.amounts, strict=True):
-            part = parts[kind]
-            if part is None:
-                amounts.append(reserved if was_asked else 0)
-            else:
-                amounts.append(part + reserved if stands else part)
+            part = parts[kind] or 0
+            if stands:
+                part += reserved
+            elif kind in unknown and was_asked:
+                part = max(part, reserved)
+            amounts.append(min(part, MOST_PART))
         return amounts
+
+    def _enter_known(self, parts: Parts, kinds: Sequence[Kind], call: Call) -> bool:
+        """Enter what is known of a cost in currencies in which all of it is not. Whether all that
+        was used has a price there, and only the usage of an answer is missing."""
+        prices = call[PRICES]
+        costs = prices.parts(call)
+        is_priced = True
+        for kind in kinds:
+            amounts = [_money(prices, cost, CURRENCIES[kind]) for cost in costs]
+            parts[kind] = sum(amount or 0 for amount in amounts)
+            is_priced = is_priced and None not in amounts
+        return is_priced
 
     # Beyond a limit
 
@@ -510,6 +533,14 @@ def _acts(config: Budget.Config) -> Iterator[Act]:
                     ).act()
     for each in config.limits:
         yield each.act()
+
+
+def _money(prices: Prices, cost: Cost | None, currency: str) -> int | None:
+    """A cost in parts of a currency; None: in that one nobody knows it."""
+    if cost is None:
+        return None
+    amount = cost.amount if cost.currency == currency else prices.convert(cost, currency)
+    return None if amount is None else parts_of_money(amount)
 
 
 def _standing(plan: Plan, act: Act, level: Level) -> str:

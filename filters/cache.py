@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
+from importlib.util import find_spec
 from random import random
 from typing import Literal
 
@@ -17,6 +18,7 @@ from filters.algo.cache_key import (
     key_of,
     may_repeat,
     read_wish,
+    refusal_key,
 )
 from filters.algo.refusals import read_refusal
 from filters.algo.sharing import Scope, Sharing
@@ -31,6 +33,7 @@ from sidecar.api import (
     CallFilter,
     CallNext,
     FilterConfig,
+    Ground,
     HeaderName,
     Kit,
     Reply,
@@ -40,6 +43,11 @@ from sidecar.api import (
 HEADER = b"x-sidecar-cache"
 KEY_HEADER = b"x-sidecar-cache-key"
 HIT, MISS, JOIN, BYPASS = b"hit", b"miss", b"join", b"bypass"
+
+
+REFUSALS = CacheStoreSettings(
+    max_bytes=4 * 1024 * 1024, max_entries=1000, max_entry_bytes=64 * 1024
+)
 
 
 class Cache(CallFilter):
@@ -97,6 +105,14 @@ class Cache(CallFilter):
                 raise ValueError("bloom is for the backends disk and redis: memory needs none")
             return self
 
+        def lacks(self, ground: Ground) -> Iterable[tuple[tuple[str | int, ...], str]]:
+            if self.backend == "disk" and not ground.has_data_dir:
+                yield ("backend",), "disk keeps answers in `data_dir`: set that, or choose memory"
+            if self.backend == "redis" and not ground.has_store:
+                yield ("backend",), "redis keeps answers in the `store`: set that, or choose memory"
+            if self.bloom and find_spec("rbloom") is None:
+                yield ("bloom",), "needs the package rbloom (extra `bloom`): install it"
+
     config: Config
 
     gives = frozenset({CACHED})
@@ -109,7 +125,8 @@ class Cache(CallFilter):
         self._skip_headers = IGNORED_HEADERS.union(
             name.encode("latin-1") for name in config.ignore_headers
         )
-        self._sharing = Sharing(config.scope, kit.team, kit.origins)
+        told = (sorted(self._skip), sorted(self._skip_headers), config.normalise_prompt)
+        self._sharing = Sharing(config.scope, kit.team, kit.places, told)
         self._flights: dict[tuple[str, bool], Flight] = {}  # by key and form
         self._room = Room(config.max_bytes)
         results = kit.metrics.counter(
@@ -120,6 +137,8 @@ class Cache(CallFilter):
         )
         self._store: CacheStore
         self._memory: MemoryCache | None = None
+        self._refusals: MemoryCache
+        self._panel: CachePanel
 
     async def start(self) -> None:
         config = self.config
@@ -133,8 +152,13 @@ class Cache(CallFilter):
         self._store = open_cache(self.kit, settings)
         if isinstance(self._store, MemoryCache):
             self._memory = self._store
-        panel = self.kit.panel("cache", CachePanel)
-        panel.add(config.backend, self._store)
+        # In memory whatever the backend: they are few, short, and of no use for long.
+        refusals = open_cache(self.kit, REFUSALS)
+        assert isinstance(refusals, MemoryCache)
+        self._refusals = refusals
+        self._panel = self.kit.panel("cache", CachePanel)
+        self._panel.add(config.backend, self._store)
+        self._panel.add("refusals", self._refusals)
 
     # A call
 
@@ -142,7 +166,7 @@ class Cache(CallFilter):
         wish = ANY
         headers = call.headers
         if "cache-control" in headers or "pragma" in headers:
-            wish = read_wish(headers.get("cache-control"), headers.get("pragma"))
+            wish = read_wish(headers)
         key = None
         if wish.may_store and may_repeat(call, self.config.any_temperature):
             key = self._key_of(call)
@@ -157,21 +181,23 @@ class Cache(CallFilter):
     async def _answer(self, call: Call, call_next: CallNext, key: str, wish: Wish) -> Reply:
         flights, is_shared = self._flights, wish.max_age_s is None
         flight_key = (key, call.is_stream)
+        is_counted = False
         while True:
             flight = flights.get(flight_key) if is_shared else None
             if flight is None:
-                entry = await self._find(key, wish)
+                entry = await self._find(call, key, wish)
                 if entry is not None and (reply := self._replay(call, entry)) is not None:
                     return reply
                 if is_shared:  # it may have begun while we looked
                     flight = flights.get(flight_key)
+            if not is_counted:  # one that waited in vain asks again
+                is_counted = True
+                (self._misses if flight is None else self._joins).value += 1
             if flight is not None:
-                self._joins.value += 1
                 call.put_reply_field(HEADER, JOIN)
                 member = flight.join(call)
                 call.on_end(member.ended)
             else:
-                self._misses.value += 1
                 call.put_reply_field(HEADER, MISS)
                 flight = self._open_flight(call, key, is_shared=is_shared)
                 member = flight.join(call)
@@ -193,11 +219,13 @@ class Cache(CallFilter):
 
     # A hit
 
-    async def _find(self, key: str, wish: Wish) -> Entry | None:
+    async def _find(self, call: Call, key: str, wish: Wish) -> Entry | None:
         if wish.max_age_s == 0.0:
             return None
         memory = self._memory
         entry = memory.get_now(key) if memory is not None else await self._store.get(key)
+        if entry is None and len(self._refusals):
+            entry = self._refusals.get_now(refusal_key(key, call))
         if entry is None or wish.max_age_s is None:
             return entry
         return entry if self.kit.clock.wall() - entry.created_at <= wish.max_age_s else None
@@ -217,6 +245,7 @@ class Cache(CallFilter):
             self.kit,
             self,
             key=key,
+            begun_after=self._panel.purges,
             room=self._room,
             max_bytes=self.config.max_entry_bytes,
             keeps_times=self.config.replay == "rhythm",
@@ -233,6 +262,8 @@ class Cache(CallFilter):
     def landed(self, flight: Flight, recorded: Recorded) -> None:
         """Keep a whole answer, if it may be given again."""
         key, call = flight.key, flight.call
+        if flight.begun_after != self._panel.purges:  # what it answers was to be forgotten
+            return
         if recorded.encoding and recorded.encoding != "identity":
             return
         data = b"".join(recorded.pieces)
@@ -242,13 +273,22 @@ class Cache(CallFilter):
         if status == 200:
             if may_keep(call, recorded.media_type, data):
                 ttl_s = self.config.ttl_s - random() * self.config.ttl_jitter_s
-                self._put(key, call, recorded, data, ttl_s)
+                self._put(self._store, key, call, recorded, data, ttl_s)
         elif self.config.negative_ttl_s:
             codes = read_refusal(data, recorded.headers).codes
             if is_refusal_for_good(status, codes):
-                self._put(key, call, recorded, data, self.config.negative_ttl_s)
+                ttl_s = self.config.negative_ttl_s
+                self._put(self._refusals, refusal_key(key, call), call, recorded, data, ttl_s)
 
-    def _put(self, key: str, call: Call, recorded: Recorded, data: bytes, ttl_s: float) -> None:
+    def _put(
+        self,
+        store: CacheStore,
+        key: str,
+        call: Call,
+        recorded: Recorded,
+        data: bytes,
+        ttl_s: float,
+    ) -> None:
         entry = entry_of(
             call,
             self.kit.team,
@@ -260,7 +300,7 @@ class Cache(CallFilter):
             ttl_s=ttl_s,
             rhythm=_rhythm(recorded),
         )
-        self._store.put(key, entry)
+        store.put(key, entry)
 
 
 def _rhythm(recorded: Recorded) -> tuple[tuple[int, int], ...]:

@@ -9,6 +9,8 @@ from importlib.resources import files
 from math import inf
 from typing import Any, NamedTuple
 
+from pydantic import field_validator
+
 from filters.algo.by_model import ByModel
 from filters.algo.estimate import takes_tokens
 from filters.algo.price_settings import Currency, PriceList, PriceSettings, Provider, Worth
@@ -62,6 +64,13 @@ class CallCost(CallFilter):
         exchange: dict[Currency, Worth] = {}
         """What one unit of a currency is worth in USD, to add up and compare; none: currencies stay
         apart."""
+
+        @field_validator("exchange")
+        @classmethod
+        def _is_of_others(cls, worth: dict[str, Decimal]) -> dict[str, Decimal]:
+            if USD in worth:
+                raise ValueError("a dollar is worth 1 USD: leave USD out")
+            return worth
 
     class UpstreamConfig(FilterConfig):
         provider: Provider | None = None
@@ -169,6 +178,19 @@ class Charges:
         one, other = self._worth.get(cost.currency), self._worth.get(currency)
         return None if one is None or other is None else cost.amount * one / other
 
+    def parts(self, call: Call) -> list[Cost | None]:
+        used: list[tuple[Price | None, Usage]] = []
+        if call.attempts and CACHED not in call:
+            price = self._price_of(call)
+            took = call.get(USAGE), call.get(LOST_USAGE)
+            used += [(price, each) for each in took if each is not None]
+        for target, _, usage, model in call.get(SIDE_CALLS, ()):
+            used.append((self._price(target, model or None), usage))
+        return [
+            None if price is None else Cost(price.amount(usage), price.currency)
+            for price, usage in used
+        ]
+
     # A call
 
     def _work_out(self, call: Call) -> Cost | None:
@@ -197,8 +219,8 @@ class Charges:
 
     def _with_sides(self, cost: Cost, sides: Sequence[SideCall]) -> Cost | None:
         amount, currency = cost
-        for target, _, usage in sides:
-            price = self._price(target, None)
+        for target, _, usage, model in sides:
+            price = self._price(target, model or None)
             if price is None:
                 return None
             if not amount:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from functools import partial
 
 from pydantic import PositiveInt
@@ -21,6 +21,7 @@ from sidecar.api import (
     CallNext,
     End,
     FilterConfig,
+    Ground,
     Kit,
     Reply,
     SideCall,
@@ -46,6 +47,12 @@ class Ledger(CallFilter):
         `off`: nowhere."""
         keep_days: PositiveInt = 90
         """Older records are deleted."""
+
+        def lacks(self, ground: Ground) -> Iterable[tuple[tuple[str | int, ...], str]]:
+            if self.where == "disk" and not ground.has_data_dir:
+                yield ("where",), "disk keeps records in `data_dir`: set that"
+            if self.where == "redis" and not ground.has_store:
+                yield ("where",), "redis keeps records in the `store`: set that"
 
     reads = frozenset({USAGE})
 

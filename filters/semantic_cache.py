@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from hashlib import blake2b
+from importlib.util import find_spec
 from random import random
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from sidecar.api import (
     Counter,
     End,
     FilterConfig,
+    Ground,
     HeaderName,
     Headers,
     Histogram,
@@ -104,6 +106,16 @@ class SemanticCache(CallFilter):
         max_entry_bytes: PositiveInt = 1024 * 1024
         """A longer answer is not kept."""
 
+        def lacks(self, ground: Ground) -> Iterable[tuple[tuple[str | int, ...], str]]:
+            dialect = ground.dialect_of(self.embedding_model)
+            if dialect is None:
+                yield ("embedding_model",), f'"{self.embedding_model}" is not among `models`'
+            elif dialect != "openai":
+                message = f'"{self.embedding_model}" is at an upstream of the {dialect} dialect'
+                yield ("embedding_model",), f"{message}: name one with OpenAI's `/v1/embeddings`"
+            if find_spec("numpy") is None:
+                yield (), "needs the package numpy (extra `semantic`): install it"
+
         @model_validator(mode="after")
         def _fits(self) -> SemanticCache.Config:
             if self.ttl_jitter_s >= self.ttl_s:
@@ -125,7 +137,8 @@ class SemanticCache(CallFilter):
         self._skip_headers = IGNORED_HEADERS.union(
             name.encode("latin-1") for name in config.ignore_headers
         )
-        self._sharing = Sharing(config.scope, kit.team, kit.origins)
+        told = (sorted(self._skip), sorted(self._skip_headers))
+        self._sharing = Sharing(config.scope, kit.team, kit.places, told)
         self._room = Room(config.max_bytes)
         results = kit.metrics.counter(
             "llm_sidecar_semantic_cache",
@@ -177,7 +190,7 @@ class SemanticCache(CallFilter):
         wish = ANY
         headers = call.headers
         if "cache-control" in headers or "pragma" in headers:
-            wish = read_wish(headers.get("cache-control"), headers.get("pragma"))
+            wish = read_wish(headers)
         if wish.may_store and may_repeat(call, self.config.any_temperature):
             question = question_of(call.dialect.name, call.endpoint.name, call.json)
             if question is not None and len(question.text) <= self.config.max_question_chars:
@@ -365,6 +378,10 @@ class Answers:
     def _say(self) -> None:
         self._entries.value = len(self.index)
         self._bytes.value = self.index.bytes
+
+    def holds(self) -> tuple[int, int]:
+        """Entries and bytes."""
+        return len(self.index), self.index.bytes
 
     def __repr__(self) -> str:
         return f"<SemanticCache entries={len(self.index)} bytes={self.index.bytes}>"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
 
+import orjson
 from pydantic import NonNegativeInt
 
-from filters.algo.include_usage import MARK, UsageRemover, ask_for_usage
+from filters.algo.estimate import NO_TOKENS
+from filters.algo.include_usage import ASKS, MARK, UsageRemover, ask_for_usage
 from filters.algo.served import may_have_served
 from filters.algo.texts import READ_BYTES, count_answer, count_request
 from filters.algo.tokens import Vocabularies
@@ -15,6 +17,7 @@ from sidecar.api import (
     COMPLETED,
     REPORTED,
     USAGE,
+    Body,
     Call,
     CallFilter,
     CallNext,
@@ -29,10 +32,10 @@ from sidecar.api import (
 )
 
 JSON = "application/json"
-ASKS = frozenset({"chat_completions", "completions"})
-"""Endpoints whose streams report usage when asked to."""
+REFUSING_HOSTS = ("api.mistral.ai",)
+"""Which report usage in streams unasked, and refuse to be asked (422, "extra_forbidden")."""
 MAX_JSON_BYTES = 1024 * 1024
-"""An answer that is no stream is waited for until it is so long: its usage stands at the end."""
+"""A JSON answer is waited for until it is so long: its usage stands at the end."""
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 """The same of all answers together; of further ones only the length is known."""
 
@@ -54,10 +57,14 @@ class TokenCounter(CallFilter):
         max_vocabularies: NonNegativeInt = 2
         """Vocabularies in memory, 24 to 50 MB each, loaded when first needed (extra `tokens`);
         further models are estimated. 0: all are."""
+        load_at_start: list[str] = []
+        """Models whose vocabularies are loaded at the start: loading holds the process for 10 to 40
+        ms, which calls would notice later."""
 
     class UpstreamConfig(FilterConfig):
-        ask_for_usage: bool = True
-        """false for an upstream that refuses `stream_options`."""
+        ask_for_usage: bool | None = None
+        """Whether it takes `stream_options.include_usage`; null: as its host is known for, and
+        until it refuses it."""
 
     gives = frozenset({USAGE})
     taps_events = True
@@ -66,9 +73,12 @@ class TokenCounter(CallFilter):
 
     def __init__(self, config: Config, kit: Kit) -> None:
         super().__init__(config, kit)
-        self._refusing = frozenset(
-            name for name, each in kit.upstreams.items() if not each.ask_for_usage
-        )
+        self._refusing = {
+            name for name, (_, host) in kit.origins.items() if host.endswith(REFUSING_HOSTS)
+        }
+        for name, each in kit.upstreams.items():
+            if each.ask_for_usage is not None:
+                (self._refusing.discard if each.ask_for_usage else self._refusing.add)(name)
         self._kept: Kept = kit.resources.get(("token_counter",), Kept)
         self._vocabularies = kit.resources.get(
             ("vocabularies", config.max_vocabularies),
@@ -76,11 +86,12 @@ class TokenCounter(CallFilter):
         )
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        if not call.endpoint.has_model:
+        if not call.endpoint.has_model or call.endpoint.name in NO_TOKENS:
             return call_next(call)
         return self._count(call, call_next)
 
     async def _count(self, call: Call, call_next: CallNext) -> Reply:
+        asked_body = call.body
         hides_usage = (
             call.is_stream
             and call.endpoint.name in ASKS
@@ -89,11 +100,13 @@ class TokenCounter(CallFilter):
             and not (self._refusing and self._refuses(call))
             and ask_for_usage(call)
         )
-        try:
-            reply = await call_next(call)
-        except BaseException:
-            call.on_end(Count(self, call, "").ended)  # its provider may have read the prompt
-            raise
+        reply = await self._ask(call, call_next)
+        if hides_usage and reply.status in (400, 422) and await self._is_for_asking(call, reply):
+            reply.discard()
+            assert asked_body is not None
+            call.replace_json(orjson.loads(asked_body), body=asked_body)
+            hides_usage = False
+            reply = await self._ask(call, call_next)
         if reply.status != 200:
             return reply
         body = reply.body
@@ -101,7 +114,7 @@ class TokenCounter(CallFilter):
             if USAGE not in call and self.config.count_missing and body.is_whole:
                 data = body.peek()
                 call[USAGE] = self.counted(call, (data[:READ_BYTES],), body.media_type, len(data))
-            if hides_usage and body.is_stream:
+            if hides_usage and _has_plain_events(body):
                 body.map(UsageRemover())
             return reply
         is_json = body.media_type == JSON and not body.encoding
@@ -111,14 +124,18 @@ class TokenCounter(CallFilter):
             return reply
         count = Count(self, call, body.media_type)
         call.on_end(count.ended)
-        if not body.is_stream:
-            await body.wait_for(MAX_JSON_BYTES)
-            if is_json and body.is_whole:
+        if is_json:
+            try:
+                await body.wait_for(MAX_JSON_BYTES)
+            except BaseException:  # its client left, or its time is over
+                count.see(body.peek())
+                raise
+            if body.is_whole:
                 self._read_whole(call, body.peek())
                 return reply
         body.tap_bytes(count.see)
         body.tap_events(count.read, containing=MARK)
-        if hides_usage:
+        if hides_usage and _has_plain_events(body):
             body.map(UsageRemover())
         return reply
 
@@ -139,6 +156,26 @@ class TokenCounter(CallFilter):
         targets = (call.target,) if call.target is not None else call.targets
         return any(each.upstream.name in self._refusing for each in targets)
 
+    async def _is_for_asking(self, call: Call, reply: Reply) -> bool:
+        """Whether the upstream refuses the call because it was asked for usage; if so, it is not
+        any more."""
+        begin = await reply.beginning()
+        if b"stream_options" not in begin and b"include_usage" not in begin:
+            return False
+        target = call.target or call.targets[0]
+        name = target.upstream.name
+        if name not in self._refusing:
+            self._refusing.add(name)
+            self.kit.log.warning("usage_not_asked_for", extra={"upstream": name})
+        return True
+
+    async def _ask(self, call: Call, call_next: CallNext) -> Reply:
+        try:
+            return await call_next(call)
+        except BaseException:
+            call.on_end(Count(self, call, "").ended)  # its provider may have read the prompt
+            raise
+
     def counted(self, call: Call, pieces: Sequence[bytes], media_type: str, size: int) -> Usage:
         """What an answer of `size` bytes took, of which these are the first."""
         target = call.target or (call.targets[0] if call.targets else None)
@@ -150,8 +187,18 @@ class TokenCounter(CallFilter):
             is_estimated=True,
         )
 
+    async def start(self) -> None:
+        if self.config.load_at_start:
+            await self._vocabularies.warm(self.config.load_at_start)
+
     async def stop(self) -> None:
         await self._vocabularies.settled()
+
+
+def _has_plain_events(body: Body) -> bool:
+    """Whether single events can be taken out of it. Of a compressed stream, which was not asked
+    for, they cannot."""
+    return body.is_stream and body.encoding in ("", "identity")
 
 
 class Kept:

@@ -3,6 +3,7 @@
 from sidecar.addresses import is_forbidden, literal
 from sidecar.call import (
     CACHED,
+    CLIENT_KEYS,
     COMPLETED,
     COST,
     LOST_USAGE,
@@ -48,6 +49,7 @@ from sidecar.filter import (
     Fetched,
     Filter,
     FilterConfig,
+    Ground,
     HeaderName,
     Kit,
     Panel,
@@ -61,6 +63,7 @@ from sidecar.team import Team
 
 __all__ = [
     "CACHED",
+    "CLIENT_KEYS",
     "COMPLETED",
     "COST",
     "LOST_USAGE",
@@ -91,6 +94,7 @@ __all__ = [
     "Filter",
     "FilterConfig",
     "Gauge",
+    "Ground",
     "HeaderName",
     "Headers",
     "Histogram",

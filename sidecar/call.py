@@ -48,6 +48,9 @@ SDK_TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """How long the official SDKs of OpenAI and Anthropic wait for the first byte, in seconds."""
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?").fullmatch
 
+CLIENT_KEYS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
+"""Headers with a client's credentials; they are for us."""
+
 REPEATABLE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 """Idempotent ones (RFC 9110, 9.2.2): what they ask for may be asked for again, answered or not."""
 BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "TRACE"})
@@ -397,6 +400,12 @@ class Call(Scope):
             self._deadline_at = inf if timeout_s is None else self.received_at + timeout_s
         return None if self._deadline_at == inf else self._deadline_at
 
+    def extend_deadline(self, until: float | None) -> None:
+        """Somebody else waits for this call as well, until then."""
+        own = self.deadline_at
+        if own is not None:
+            self._deadline_at = inf if until is None else max(own, until)
+
     def time_left(self, now: float) -> float:
         """Seconds from `now` until the caller stops waiting; infinity when it did not say."""
         deadline_at = self.deadline_at
@@ -714,6 +723,8 @@ class SideCall(NamedTuple):
     target: Target
     endpoint: str
     usage: Usage
+    model: str = ""
+    """The public name under which it was asked for; empty: there is none."""
 
 
 SIDE_CALLS: Key[list[SideCall]] = Key("side_calls")

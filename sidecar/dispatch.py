@@ -14,6 +14,7 @@ from urllib.parse import unquote, unquote_plus
 import orjson
 
 from sidecar.call import (
+    CLIENT_KEYS,
     Attempt,
     Call,
     KeyGate,
@@ -39,8 +40,6 @@ NEVER_SENT = HOP_BY_HOP | {
     b"accept-encoding",  # depends on whether filters look at the answer
     b"cookie",
 }
-CLIENT_KEYS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
-"""The client's credentials are for us."""
 NEVER_SENT_NOR_KEYS = NEVER_SENT | CLIENT_KEYS
 CLIENT_KEY_PARAMETER = "access_token"
 """The same in a query: RFC 6750, 2.3; Baidu has it so."""

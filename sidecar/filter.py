@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
@@ -29,6 +29,15 @@ CallNext = Callable[[Call], Awaitable[Reply]]
 AttemptNext = Callable[[Attempt], Awaitable[Reply]]
 
 
+class Ground(NamedTuple):
+    """What a configuration gives to all of its filters."""
+
+    has_data_dir: bool
+    has_store: bool
+    dialect_of: Callable[[str], str | None]
+    """Of a public model name, the dialect of its first target; None: there is no such model."""
+
+
 class FilterConfig(BaseModel):
     """Base of every filter's `Config`: strict, frozen, unknown keys refused. Units in the names."""
 
@@ -48,6 +57,11 @@ class FilterConfig(BaseModel):
         """The class that `values`, as they stand in the file, are settings of: a subclass, when
         one of them decides which others there are."""
         return cls
+
+    def lacks(self, ground: Ground) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        """What the rest of the configuration lacks for these settings: the place in them, and how
+        to mend it. Checked at load, also where nothing is started."""
+        return ()
 
     def notes(self, base_url: str) -> Sequence[str]:
         """For an upstream's section: what `sidecar check` should tell of it; no mistakes."""
@@ -139,6 +153,9 @@ class Kit:
     """This filter's own section of each upstream (`UpstreamConfig` instances), by upstream name."""
     origins: Mapping[str, tuple[str, str]]
     """`Upstream.scheme` and `.host` of each upstream, by name."""
+    places: Mapping[str, str]
+    """For each upstream, what stands for its whole address and the headers it is sent: the same
+    name may lead elsewhere after a reload."""
     fetch: Fetch
     store: StoreAddress
     data_dir: Path | None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidecar.call import Target
+from sidecar.call import Target, digest
 from sidecar.chain import link_attempt, link_call
 from sidecar.clock import Clock
 from sidecar.config import Bound, BoundPolicy, FilterSpec
@@ -70,6 +70,7 @@ class Snapshot:
         self.callers: Callers
         self._team_keys = frozenset(key.sha256() for team in bound.teams for key in team.keys)
         self._origins: dict[str, tuple[str, str]] = {}
+        self._places: dict[str, str] = {}
         self._shared = shared
         self._generation = generation
         self._filters: list[Filter] = []
@@ -145,6 +146,8 @@ class Snapshot:
                 name, settings, origin=origin, base_path=base_path, pool=pool
             )
             self._origins[name] = (self.upstreams[name].scheme, self.upstreams[name].host)
+            place = (settings.base_url, settings.dialect, sorted(settings.headers.items()))
+            self._places[name] = digest(repr(place))[:16]
 
     def _compile(self) -> None:
         config = self.bound.config
@@ -230,6 +233,7 @@ class Snapshot:
                 team=team,
                 upstreams=self.bound.upstream_sections.get(spec.name, {}),
                 origins=self._origins,
+                places=self._places,
                 fetch=self._fetch,
                 store=StoreAddress(**dict(config.store)),
                 data_dir=Path(config.data_dir) if config.data_dir is not None else None,

@@ -11,7 +11,11 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
+import orjson
+from multidict import MultiMapping
+
 from filters.algo.exact_json import is_exact
+from filters.algo.include_usage import ASKS
 from filters.algo.normalise import canonical
 from sidecar.api import Call
 
@@ -49,8 +53,27 @@ IGNORED_PREFIX = b"x-stainless-"
 
 NO_ANSWERS = frozenset({"count_tokens", "other", "models", "pass_through"})
 """Endpoints whose answers are not kept: free, or of no known meaning."""
-STATEFUL_FIELDS = ("previous_response_id", "conversation", "background")
-"""OpenAI responses: the answer depends on what the provider remembers, or comes later."""
+CHANGING_FIELDS = (
+    *("previous_response_id", "conversation", "background"),
+    *("web_search_options", "enable_search", "search_parameters", "plugins", "mcp_servers"),
+    "container",
+)
+"""The answer depends on what the provider remembers, or comes later (OpenAI responses); or on the
+world as it is then: searches (OpenAI, Alibaba Cloud, xAI, OpenRouter), servers, a machine
+(Anthropic)."""
+MAX_BODY_BYTES = 256 * 1024
+"""A longer request is not for a cache: its key would hold up other calls for milliseconds."""
+
+
+def _are_the_caller_s(tools: Any) -> bool:
+    """Whether the caller runs all of these tools itself. The provider's own see the world."""
+    if not isinstance(tools, list):
+        return False
+    for tool in tools:
+        kind = tool.get("type", "custom") if isinstance(tool, dict) else None
+        if kind not in ("function", "custom"):
+            return False
+    return True
 
 
 class Wish(NamedTuple):
@@ -64,18 +87,19 @@ class Wish(NamedTuple):
 ANY = Wish()
 
 
-def read_wish(cache_control: str | None, pragma: str | None = None) -> Wish:
+def read_wish(headers: MultiMapping[str]) -> Wish:
     """The directives that matter here; others are passed over."""
-    if cache_control is None:
-        return Wish(max_age_s=0.0) if pragma is not None and "no-cache" in pragma.lower() else ANY
+    if "cache-control" not in headers:
+        is_old = "no-cache" in headers.get("pragma", "").lower()
+        return Wish(max_age_s=0.0) if is_old else ANY
     may_store, max_age_s = True, None
-    for directive in cache_control.lower().split(","):
+    for directive in ",".join(headers.getall("cache-control")).lower().split(","):
         name, _, value = directive.strip().partition("=")
         if name == "no-store":
             may_store = False
         elif name == "no-cache":
             max_age_s = 0.0
-        elif name == "max-age" and value.strip('"').isdigit():
+        elif name == "max-age" and value.strip('"').isascii() and value.strip('"').isdigit():
             age_s = float(value.strip('"'))
             max_age_s = age_s if max_age_s is None else min(age_s, max_age_s)
     return Wish(may_store, max_age_s)
@@ -89,12 +113,15 @@ def may_repeat(call: Call, any_temperature: bool) -> bool:
     endpoint = call.endpoint
     if not endpoint.has_model or endpoint.name in NO_ANSWERS or call.method != "POST":
         return False
-    if not call.body or not call.targets:
+    if not call.body or len(call.body) > MAX_BODY_BYTES or not call.targets:
         return False
     fields = call.json
-    for name in STATEFUL_FIELDS:
+    for name in CHANGING_FIELDS:
         if fields.get(name):
             return False
+    tools = fields.get("tools")
+    if tools and not _are_the_caller_s(tools):
+        return False
     if any_temperature or "embedding" in endpoint.name:
         return True
     temperature = fields.get("temperature")
@@ -115,9 +142,12 @@ def key_of(
     canonical form. `parts` are what else must be the same: scope and targets."""
     # One who names a field twice would choose what another caller gets: the last counts here, and
     # perhaps the first at the provider.
-    if call.body is None or not is_exact(call.body, call.json):
+    asked = call.json
+    if call.body is None or not is_exact(call.body, asked):
         return None
-    body = canonical(call.json, skip=skip, normalise_text=normalise_text)
+    if asked.get("temperature") == 0:  # 0, 0.0 and -0.0: clients write it as they like
+        asked = {**asked, "temperature": 0}
+    body = canonical(asked, skip=skip, normalise_text=normalise_text)
     if body is None:
         return None
     fields = [
@@ -128,13 +158,40 @@ def key_of(
     if fields:
         fields.sort()
     where = f"{call.path}?{call.query}".encode("utf-8", "surrogateescape")
-    pieces = (*parts, where, *fields)
+    pieces = (*parts, where, _form_of_stream(call, asked), *fields)
     # Lengths before the pieces: no two lists of pieces look alike.
     hashed = blake2b(digest_size=20)
     hashed.update(b"".join([b"%d:%b" % (len(piece), piece) for piece in pieces]))
     hashed.update(b"%d|" % len(pieces))
     hashed.update(body)
     return hashed.hexdigest()
+
+
+def _form_of_stream(call: Call, asked: Mapping[str, Any]) -> bytes:
+    """What a stream has besides the answer, as far as `stream_options` say it. A whole answer has
+    its usage, as nearly every stream has: `token_counter` asks for it."""
+    if call.endpoint.name not in ASKS or not call.is_stream:
+        return b"usage"
+    options = asked.get("stream_options")
+    if not isinstance(options, dict):
+        return b"" if options is None else orjson.dumps(options)
+    if len(options) == 1 and options.get("include_usage") is True:
+        return b"usage"
+    return orjson.dumps(options, option=orjson.OPT_SORT_KEYS)
+
+
+def refusal_key(key: str, call: Call) -> str:
+    """The key of a refusal: of the very same request. What does not change an answer may well be
+    what is wrong with a request."""
+    hashed = blake2b(key.encode(), digest_size=20)
+    for name, value in call.raw_headers:
+        if name.lower() in _REFUSED_FOR:
+            hashed.update(b"%b:%b\n" % (name.lower(), value))
+    hashed.update(call.body or b"")
+    return hashed.hexdigest()
+
+
+_REFUSED_FOR = frozenset({b"content-type", b"accept", b"x-dashscope-sse"})
 
 
 def is_refusal_for_good(status: int, codes: Iterable[str]) -> bool:
@@ -168,11 +225,10 @@ def is_finished(dialect: str, endpoint: str, stream: bytes) -> bool:
     if dialect == "dashscope":
         last = stream[-65536:].replace(b" ", b"")
         at = last.rfind(b'"finish_reason":')
-        return at < 0 or last[at + 16 : at + 22] not in (b'"null"', b"null,")
+        return at >= 0 and last[at + 16 : at + 22] not in (b'"null"', b"null,")
     return False
 
 
-def target_part(targets: Iterable[tuple[str, str | None]], origins: Mapping[str, Any]) -> bytes:
+def target_part(targets: Iterable[tuple[str, str | None]], places: Mapping[str, str]) -> bytes:
     """Where an answer would come from: each upstream, its address, and the model's name there."""
-    places = [f"{name} {origins.get(name)} {model or ''}" for name, model in targets]
-    return "\n".join(places).encode()
+    return "\n".join(f"{name} {places.get(name)} {model or ''}" for name, model in targets).encode()

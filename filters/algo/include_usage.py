@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from filters.algo.exact_json import is_exact
 from sidecar.api import Call, Event
 
+ASKS = frozenset({"chat_completions", "completions"})
+"""OpenAI's endpoints whose streams report usage when asked to."""
 MARK = b'_tokens"'
 """Stands in every object `usage` of every provider."""
 MAX_EVENT_BYTES = 64 * 1024
 """No event with usage alone is longer."""
 
-_BORDERS = re.compile(rb"(\r\n\r\n|\n\n|\r\r)")
+_BORDERS = re.compile(rb"\r\n\r\n|\n\n|\r\r").search
 
 
 def ask_for_usage(call: Call) -> bool:
@@ -36,6 +39,8 @@ def ask_for_usage(call: Call) -> bool:
     if options is None:
         options = {}
     if not isinstance(options, dict) or options.get("include_usage"):
+        return False
+    if not is_exact(body, fields):  # not all that it says would be said again
         return False
     call.replace_json({**fields, "stream_options": {**options, "include_usage": True}})
     return True
@@ -79,11 +84,18 @@ def _last_border(data: bytes) -> int:
 
 
 def _without(data: bytes) -> bytes:
-    parts = _BORDERS.split(data)  # event, border, event, border, …
     kept: list[bytes] = []
-    for event, border in zip(parts[::2], [*parts[1::2], b""], strict=True):
-        if not (MARK in event and _is_usage_alone(event)):
-            kept += (event, border)
+    done = 0  # up to there it is in `kept`, or left out
+    at = data.find(MARK)
+    while at >= 0:
+        start = max(done, _last_border(data[done:at]) + done)
+        border = _BORDERS(data, at)
+        end = border.end() if border else len(data)
+        if _is_usage_alone(data[start : border.start() if border else end]):
+            kept.append(data[done:start])
+            done = end
+        at = data.find(MARK, end)
+    kept.append(data[done:])
     return b"".join(kept)
 
 

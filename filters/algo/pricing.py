@@ -49,6 +49,11 @@ class Prices(Protocol):
         """The same money in another currency. None: no rate of exchange is configured."""
         ...
 
+    def parts(self, call: Call) -> list[Cost | None]:
+        """What each usage that is known of the call costs by itself, for when the whole is not
+        known: of its answer, of attempts given up, of each side call. None: that has no price."""
+        ...
+
 
 PRICES: Key[Prices] = Key("prices")
 

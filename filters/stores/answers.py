@@ -25,6 +25,9 @@ from sidecar.api import (
 
 STREAM, JSON = "text/event-stream", "application/json"
 
+MAX_CONVERTED_BYTES = 128 * 1024
+"""A longer answer is not said in the other form: 2 ms at most."""
+
 NOT_KEPT = frozenset(
     {
         *(b"set-cookie", b"date", b"age", b"retry-after", b"content-length", b"x-should-retry"),
@@ -69,7 +72,7 @@ def entry_of(
     target = call.target or call.targets[0]
     return Entry(
         status=status,
-        headers=tuple(field for field in headers.raw() if _is_kept(field[0])),
+        headers=tuple(field for field in headers.raw() if is_kept(field[0])),
         media_type=media_type,
         body=data,
         rhythm=rhythm,
@@ -89,6 +92,8 @@ def replay(call: Call, entry: Entry, clock: Clock) -> Reply | None:
     media_type, data = entry.media_type, entry.body
     raw = list(entry.headers)
     if entry.status == 200 and (media_type == STREAM) != call.is_stream:
+        if len(data) > MAX_CONVERTED_BYTES:
+            return None
         converted = _converted(call, entry.media_type, data, entry.usage)
         if converted is None:
             return None
@@ -126,7 +131,8 @@ def _answered(call: Call, entry: Entry) -> Target | None:
     return call.target
 
 
-def _is_kept(name: bytes) -> bool:
+def is_kept(name: bytes) -> bool:
+    """Whether a header is true of more than the moment, and of more than one caller."""
     return name not in NOT_KEPT and not name.startswith(NOT_KEPT_PREFIXES)
 
 

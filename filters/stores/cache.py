@@ -75,6 +75,10 @@ class CacheStore(Protocol):
         now."""
         ...
 
+    def holds(self) -> tuple[int, int] | None:
+        """Entries and bytes; None: not known here."""
+        ...
+
     async def close(self) -> None:
         """For the kit's resources, whose it is."""
         ...

@@ -9,7 +9,11 @@ from sidecar.api import Panel
 
 
 class Purgeable(Protocol):
-    """A place where answers are kept. Its `repr` tells how many there are."""
+    """A place where answers are kept."""
+
+    def holds(self) -> tuple[int, int] | None:
+        """Entries and bytes; None: not known here."""
+        ...
 
     async def purge(
         self, *, key: str | None = None, team: str | None = None, model: str | None = None
@@ -25,14 +29,19 @@ class CachePanel(Panel):
 
     def __init__(self) -> None:
         self._stores: dict[int, tuple[str, Purgeable]] = {}
+        self.purges = 0
+        """How many there were: what was asked before one is not kept after it."""
 
     def add(self, backend: str, store: Purgeable) -> None:
         self._stores[id(store)] = (backend, store)
 
     async def show(self) -> Any:
-        return [
-            {"backend": backend, "store": repr(store)} for backend, store in self._stores.values()
-        ]
+        shown: list[dict[str, Any]] = []
+        for backend, store in self._stores.values():
+            held = store.holds()
+            figures = {} if held is None else {"entries": held[0], "bytes": held[1]}
+            shown.append({"backend": backend, **figures})
+        return shown
 
     async def act(self, command: Mapping[str, Any]) -> Any:
         """`{"purge": "all"}`, or `{"purge": {"key": …}}`, `{"team": …}`, `{"model": …}`."""
@@ -41,6 +50,7 @@ class CachePanel(Panel):
             raise ValueError(
                 'write {"purge": "all"}, or {"purge": {"key": "…"}} with one of key, team, model'
             )
+        self.purges += 1
         where = {} if what == "all" else what
         purged = [await store.purge(**where) for _, store in self._stores.values()]
         known = [each for each in purged if each is not None]

@@ -344,6 +344,9 @@ class DiskCache(EntryCache):
         if self._sure is not None:
             await self._sure.close()
 
+    def holds(self) -> tuple[int, int]:
+        return self._totals
+
     def __repr__(self) -> str:
         entries, of_bytes = self._totals
         return f"<DiskCache entries={entries} bytes={of_bytes} waiting={len(self._waiting)}>"

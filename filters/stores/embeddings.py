@@ -195,7 +195,7 @@ def _account(
         lost_before = before[1].input if before[1] is not None else 0
         took.append(Usage(lost.input - lost_before, is_estimated=True))
     for each in took:
-        side = SideCall(_asked(fork), fork.endpoint.name, each)
+        side = SideCall(_asked(fork), fork.endpoint.name, each, fork.model or "")
         if SIDE_CALLS in call:
             call[SIDE_CALLS].append(side)
         else:

@@ -16,9 +16,11 @@ import asyncio
 import logging
 from collections import deque
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from filters.algo.cache_key import refusal_key
 from filters.algo.include_usage import MARK
+from filters.stores.answers import is_kept
 from sidecar.api import (
     CACHED,
     COMPLETED,
@@ -53,16 +55,19 @@ OF_ATTEMPTS: tuple[Key[Any], ...] = (LOST_USAGE, SIDE_CALLS)
 """What whoever pays has to pay for besides the answer."""
 
 
-class Recorded(NamedTuple):
-    """A whole answer, as it came."""
+class Recorded:
+    """An answer as it comes."""
 
-    status: int
-    headers: Headers
-    media_type: str
-    encoding: str
-    pieces: list[bytes]
-    times: list[float]
-    """When each piece came, where that was asked for."""
+    __slots__ = ("encoding", "headers", "media_type", "pieces", "status", "times")
+
+    def __init__(self, status: int, headers: Headers, media_type: str, encoding: str) -> None:
+        self.status = status
+        self.headers = headers
+        self.media_type = media_type
+        self.encoding = encoding
+        self.pieces: list[bytes] = []
+        self.times: list[float] = []
+        """When each piece came, where that was asked for."""
 
 
 class Room:
@@ -93,6 +98,7 @@ class Member:
         "call",
         "flight",
         "joined_at",
+        "trailers",
     )
 
     def __init__(self, flight: Flight, call: Call, now: float) -> None:
@@ -104,6 +110,7 @@ class Member:
         self._backlog: deque[bytes] = deque()
         self._backlog_bytes = 0
         self._is_paused = False
+        self.trailers: list[tuple[bytes, bytes]] = []
         self._end: CallError | bool = False  # True: all of it came; an error: it broke off
 
     def begin(self, reply: Reply | None) -> None:
@@ -120,8 +127,8 @@ class Member:
         self._body = body = Body(
             self, media_type=recorded.media_type, encoding=recorded.encoding, length=length
         )
-        for piece in recorded.pieces:
-            self.feed(piece)
+        if recorded.pieces:
+            self.feed(b"".join(recorded.pieces))
         return body
 
     # The flight feeds
@@ -157,6 +164,7 @@ class Member:
         if isinstance(self._end, CallError):
             body.fail(self._end)
         else:
+            body.trailers = self.trailers
             body.finish()
 
     # Source of its body
@@ -239,11 +247,14 @@ class Flight:
         owner: Owner,
         *,
         key: str,
+        begun_after: int,
         room: Room,
         max_bytes: int,
         keeps_times: bool,
     ) -> None:
         self.key = key
+        self.begun_after = begun_after
+        """So many purges."""
         self.is_stream = call.is_stream
         self.call = call.fork()
         self.payer: Member | None = None
@@ -271,6 +282,8 @@ class Flight:
 
     def join(self, call: Call) -> Member:
         """Another call for the same answer; it must be `ended` with its call."""
+        if self.members:
+            self.call.extend_deadline(call.deadline_at)
         member = Member(self, call, self._now())
         self.members[member] = None
         if self.payer is None:
@@ -282,49 +295,69 @@ class Flight:
     # The upstream call
 
     async def _run(self, call_next: CallNext) -> None:
-        call = self.call
         try:
-            reply = await call_next(call)
+            reply = await call_next(self.call)
+            self._came(reply)
         except BaseException as error:
             self._failed(error)
             if not isinstance(error, Exception):
                 raise
-            return
+        finally:
+            self._task = None  # it holds the error, that this frame, and that us
+
+    def _came(self, reply: Reply) -> None:
+        call, body = self.call, reply.body
         call.status = reply.status
         if self.state is State.OVER:  # everybody left in this very turn
             reply.discard()
-            self.call.finish(End(Outcome.CLIENT_GONE, reply.status))
+            call.finish(End(Outcome.CLIENT_GONE, reply.status))
             return
-        body = reply.body
         if reply.status == 200:
             body.tap_events(self._read_usage, containing=MARK)
-        whole = [body.take()] if body.is_whole else None
-        self._recorded = Recorded(
-            reply.status, reply.headers.copy(), body.media_type, body.encoding, whole or [], []
+        whole = body.take() if body.is_whole else None
+        self._recorded = recorded = Recorded(
+            reply.status, reply.headers.copy(), body.media_type, body.encoding
         )
+        if reply.status >= 400:
+            self._send_others_away()
         if whole is not None:
-            self._came_whole(whole[0])
+            recorded.pieces.append(whole)
+            self._came_whole(recorded, whole)
         else:
             self._flows(body)
+
+    def _send_others_away(self) -> None:
+        """A refusal is of the very request that was refused: others ask for themselves."""
+        self._owner.closed(self)
+        mine = refusal_key("", self.call)
+        for member in tuple(self.members):
+            if member is not self.payer and refusal_key("", member.call) != mine:
+                member.flight = None
+                del self.members[member]
+                member.begin(None)
 
     def _failed(self, error: BaseException) -> None:
         end = end_of(error, self.call)
         members = self._over()
         if not isinstance(error, Exception):
             error = CallError(503, "shutting_down", "the sidecar is shutting down")
-        is_the_first_one_s = isinstance(error, Rejected) and error.code == DEADLINE
+        is_deadline = isinstance(error, Rejected) and error.code == DEADLINE
         for member in members:
+            if member.begun.done():  # we failed in the midst of it
+                member.fail(
+                    CallError(500, "internal_error", "the sidecar failed; its log says why")
+                )
+                continue
             self._tell(member)
             member.flight = None
-            if member is self.payer or not is_the_first_one_s:
-                member.refuse(error)
-            else:  # it may have more time
+            if is_deadline and member.call.time_left(self._now()) > 0:
                 member.begin(None)
+            else:
+                member.refuse(error)
         self.call.finish(end)
+        self.call.close_bodies()
 
-    def _came_whole(self, data: bytes) -> None:
-        recorded = self._recorded
-        assert recorded is not None
+    def _came_whole(self, recorded: Recorded, data: bytes) -> None:
         members = self._over()
         self.call.finish(End(Outcome.COMPLETED, recorded.status))
         usage = self.call.get(USAGE)
@@ -337,9 +370,14 @@ class Flight:
             member.flight = None
             body = Body.of(data, media_type=recorded.media_type)
             body.encoding = recorded.encoding
-            member.begin(Reply(recorded.status, recorded.headers.copy(), body))
-
+            member.begin(Reply(recorded.status, self._headers_for(member, recorded), body))
         self._land()
+
+    def _headers_for(self, member: Member, recorded: Recorded) -> Headers:
+        """What is true of whoever was answered is not said to those who share it."""
+        if member is self.payer:
+            return recorded.headers.copy()
+        return Headers.of_raw([each for each in recorded.headers.raw() if is_kept(each[0])])
 
     def _land(self) -> None:
         recorded = self._recorded
@@ -364,7 +402,7 @@ class Flight:
         assert recorded is not None
         self._tell(member)
         body = member.open_body(recorded, self._length)
-        return Reply(recorded.status, recorded.headers.copy(), body)
+        return Reply(recorded.status, self._headers_for(member, recorded), body)
 
     def _read_usage(self, event: Event) -> None:
         """For those inside, whose call this is; outside, each member's is read."""
@@ -392,9 +430,11 @@ class Flight:
             member.feed(data)
 
     def finish(self) -> None:
+        trailers = self._body.trailers if self._body is not None else []
         members = self._over()
         self.call.finish(End(Outcome.COMPLETED, self.call.status))
         for member in members:
+            member.trailers = trailers
             member.finish()
         self._land()
 
@@ -432,7 +472,8 @@ class Flight:
         members.pop(member, None)
         if members:
             if member is self.payer:
-                member.call[CACHED] = "join"
+                if self.call.status < 400:
+                    member.call[CACHED] = "join"
                 self.payer = next(iter(members))
                 if self._is_paid:
                     _pass_on(member.call, self.payer.call)

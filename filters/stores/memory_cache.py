@@ -59,6 +59,12 @@ class MemoryCache(EntryCache):
         self._lru.clear()
         self._say()
 
+    def holds(self) -> tuple[int, int]:
+        return len(self._lru), self._lru.bytes
+
+    def __len__(self) -> int:
+        return len(self._lru)
+
     def _say(self) -> None:
         self._tally.holds(len(self._lru), self._lru.bytes)
 

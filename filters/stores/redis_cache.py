@@ -179,6 +179,9 @@ class RedisCache(EntryCache):
         if self._sure is not None:
             await self._sure.close()
 
+    def holds(self) -> None:
+        return None  # the server is shared with others
+
     def __repr__(self) -> str:
         return f"<RedisCache {self._redis.address} waiting={self._waiting}>"
 

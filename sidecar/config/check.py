@@ -29,7 +29,7 @@ from sidecar.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from sidecar.call import Key
-    from sidecar.filter import Filter, FilterConfig
+    from sidecar.filter import Filter, FilterConfig, Ground
 
 RESERVED_SEGMENTS = frozenset({"healthz", "livez", "readyz", "metrics"})
 """First segments of paths that are no upstream's, beside the API versions (`v1`, `v1beta`)."""
@@ -409,7 +409,25 @@ class _Binder:
         hint = f"it goes into the section `{name}` of an upstream"
         elsewhere = _where_it_goes(filter_class.UpstreamConfig, values, hint)
         config = self._validate(filter_class.Config, values, place, elsewhere)
-        return None if config is None else FilterSpec(name, filter_class, config)
+        if config is None:
+            return None
+        for keys, message in config.lacks(self._ground()):
+            place(Mistake(keys, message))
+        return FilterSpec(name, filter_class, config)
+
+    def _ground(self) -> Ground:
+        from sidecar.filter import Ground  # late, as in registry.py
+
+        config = self.config
+        return Ground(config.data_dir is not None, config.store.url is not None, self._dialect_of)
+
+    def _dialect_of(self, model: str) -> str | None:
+        config = self.config
+        for name, settings in config.models.items():
+            if name == model or (("*" in name or "?" in name) and may_meet(name, model)):
+                upstream = config.upstreams.get(settings.targets[0].upstream)
+                return upstream.dialect if upstream is not None else None
+        return None
 
     def _validate(
         self,

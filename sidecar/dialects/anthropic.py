@@ -14,7 +14,7 @@ import orjson
 
 from sidecar.call import ChatView, Usage
 from sidecar.dialects.endpoint import Endpoint
-from sidecar.dialects.fields import chat_view, count, usage_object, written_for_an_hour
+from sidecar.dialects.fields import chat_view, count, is_count, usage_object, written_for_an_hour
 from sidecar.errors import CallError
 from sidecar.sse import Event, encode
 
@@ -31,6 +31,11 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+
+COUNTS = (
+    *("input_tokens", "output_tokens"),
+    *("cache_read_input_tokens", "cache_creation_input_tokens"),
+)
 
 
 class Anthropic:
@@ -64,7 +69,7 @@ class Anthropic:
         if b'"usage"' not in event.raw:
             return before
         usage = usage_object(event, "message")
-        if usage is None:
+        if usage is None or not any(is_count(usage.get(name)) for name in COUNTS):
             return before
         old = before or Usage()
         cached = _later(usage, "cache_read_input_tokens", old.cached)
@@ -73,9 +78,13 @@ class Anthropic:
         thinking = usage.get("output_tokens_details")
         creation = usage.get("cache_creation")
         for_an_hour = written_for_an_hour(usage) if creation else old.cache_write_1h
+        tokens_in = plain + cached + cache_write
+        tokens_out = _later(usage, "output_tokens", old.output)
+        if not (tokens_in or tokens_out):
+            return before  # it says nothing
         return Usage(
-            input=plain + cached + cache_write,
-            output=_later(usage, "output_tokens", old.output),
+            input=tokens_in,
+            output=tokens_out,
             cached=cached,
             cache_write=cache_write,
             reasoning=count(thinking, "thinking_tokens") or old.reasoning,
@@ -116,7 +125,7 @@ class Anthropic:
 
 
 def _later(usage: dict[str, Any], name: str, before: int) -> int:
-    return before if usage.get(name) is None else count(usage, name)
+    return count(usage, name) if is_count(usage.get(name)) else before
 
 
 def _model_fields(name: str) -> dict[str, Any]:

@@ -93,13 +93,17 @@ class DashScope:
         if not usage:
             return before
         if "input_tokens" not in usage and "output_tokens" not in usage:
-            return Usage(count(usage, "total_tokens"))
+            total = count(usage, "total_tokens")
+            return Usage(total) if total else before
+        tokens_in, tokens_out = count(usage, "input_tokens"), count(usage, "output_tokens")
+        if not (tokens_in or tokens_out):
+            return before  # it says nothing
         details = usage.get("prompt_tokens_details")
         details_out = usage.get("output_tokens_details")
         cached = count(usage, "cached_tokens")  # where older models have it
         return Usage(
-            input=count(usage, "input_tokens"),
-            output=count(usage, "output_tokens"),
+            input=tokens_in,
+            output=tokens_out,
             cached=(count(details, "cached_tokens") or cached) if details else cached,
             cache_write=count(details, "cache_creation_input_tokens") if details else 0,
             reasoning=count(details_out, "reasoning_tokens") if details_out else 0,

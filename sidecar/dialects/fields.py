@@ -10,6 +10,9 @@ from sidecar.call import ChatView
 from sidecar.errors import Rejected
 from sidecar.sse import Event
 
+MOST_TOKENS = 10**9
+"""Of one answer. Whoever reports more has not counted, and sums must not be spoilt by it."""
+
 
 def model_of(body: Mapping[str, Any]) -> str:
     """The body's model; raises `Rejected` (400) when there is none."""
@@ -58,11 +61,14 @@ def usage_object(event: Event, inner: str = "") -> dict[str, Any] | None:
 
 
 def count(fields: Any, name: str) -> int:
-    """A token count from a `usage` object; 0 when it is missing or no number."""
-    value = fields.get(name) if type(fields) is dict else None
-    if type(value) is int and value > 0:
-        return value
-    return int(value) if isinstance(value, float) and 0 < value < 1e15 else 0
+    """A token count from a `usage` object; 0 when it is missing or none."""
+    value: Any = fields.get(name) if type(fields) is dict else None
+    return int(value) if is_count(value) else 0
+
+
+def is_count(value: Any) -> bool:
+    """Whether it can be a number of tokens."""
+    return (type(value) is int or type(value) is float) and 0 <= value <= MOST_TOKENS
 
 
 def written_for_an_hour(fields: Any) -> int:

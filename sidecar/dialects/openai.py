@@ -83,6 +83,8 @@ class OpenAI:
             tokens_in, tokens_out = count(usage, "input_tokens"), count(usage, "output_tokens")
             details_in = usage.get("input_tokens_details")
             details_out = usage.get("output_tokens_details")
+        if not (tokens_in or tokens_out):
+            return before  # it says nothing
         cached = cache_write = reasoning = for_an_hour = 0
         if details_in:
             cached = count(details_in, "cached_tokens")
@@ -90,7 +92,7 @@ class OpenAI:
             if not cache_write:  # Alibaba Cloud has it by Anthropic's name, inside the input, too
                 cache_write = count(details_in, "cache_creation_input_tokens")
                 for_an_hour = written_for_an_hour(details_in) if cache_write else 0
-        else:  # Moonshot, and DeepSeek before it spoke as OpenAI does
+        if not cached:  # Moonshot, and DeepSeek before it spoke as OpenAI does
             cached = count(usage, "cached_tokens") or count(usage, "prompt_cache_hit_tokens")
         if details_out:
             reasoning = count(details_out, "reasoning_tokens")

@@ -84,7 +84,8 @@ class Qianfan:
         usage = usage_object(event)
         if not usage:
             return before
-        return Usage(count(usage, "prompt_tokens"), count(usage, "completion_tokens"))
+        told = Usage(count(usage, "prompt_tokens"), count(usage, "completion_tokens"))
+        return told if told.input or told.output else before
 
     def error_in(self, event: Event) -> tuple[str, str] | None:
         """In a frame, in a whole answer, or in a bare line of JSON between two frames."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Chain = Callable[..., str]
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+REAL = dict(filters.BUILTIN)
 CANARY = "canary-0123456789"
 TEAMS = "teams: teams/*.yaml\n"
 
@@ -610,3 +611,52 @@ def test_warnings_and_files_of_loading_are_kept(place: Place) -> None:
     bound = place.bind(config)
     assert len(bound.warnings) == 1
     assert bound.files == (place.directory / "config.yaml",)
+
+
+# What filters need of the rest
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filters that come with the sidecar, and no stand-ins."""
+    monkeypatch.setattr(filters, "BUILTIN", REAL)
+
+
+@pytest.mark.parametrize(
+    ("lines", "place_and_fix"),
+    [
+        ("cache: {backend: disk}", "filters.cache.backend: disk keeps answers in `data_dir`"),
+        ("cache: {backend: redis}", "filters.cache.backend: redis keeps answers in the `store`"),
+        ("ledger: {where: disk}", "filters.ledger.where: disk keeps records in `data_dir`"),
+        ("ledger: {where: redis}", "filters.ledger.where: redis keeps records in the `store`"),
+        (
+            "budget: {limits: [{usd: 1, per: day, then: degrade, to: cheep}]}",
+            'filters.budget.limits[0].to: "cheep" is not among `models`',
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("real")
+def test_setting_that_needs_what_is_not_configured_is_refused_at_load(
+    place: Place, lines: str, place_and_fix: str
+) -> None:
+    config = (
+        'upstreams: {mock: {dialect: openai, base_url: "mock:"}}\n'
+        f"models: {{cheap: [mock]}}\nfilters:\n  {lines}\n"
+    )
+    (problem,) = place.problems(config)
+    assert place_and_fix in problem
+    assert ":4:" in problem
+
+
+@pytest.mark.usefixtures("real")
+def test_model_of_another_dialect_has_no_embeddings(place: Place) -> None:
+    config = (
+        'upstreams: {mock: {dialect: anthropic, base_url: "mock:"}}\n'
+        "models: {embed: [mock]}\n"
+        "filters: {semantic_cache: {embedding_model: embed}}\n"
+        "chains: {default: {call: [token_counter, semantic_cache]}}\n"
+    )
+    (problem,) = place.problems(config)
+    assert "filters.semantic_cache.embedding_model" in problem
+    assert "anthropic dialect" in problem

@@ -253,6 +253,17 @@ async def test_order_of_fields_and_white_space_of_the_json_do_not_matter(harness
     assert word(await harness.run(harness.call(other % MODEL.encode()))) == "hit"
 
 
+@pytest.mark.parametrize("zero", [b"0.0", b"-0.0", b"0e0"])
+async def test_temperature_zero_is_the_same_however_it_is_written(
+    harness: Harness, zero: bytes
+) -> None:
+    await ask(harness)
+    body = asking(harness).body
+    assert body is not None
+    call = harness.call(body.replace(b'"temperature":0', b'"temperature":' + zero))
+    assert word(await harness.run(call)) == "hit"
+
+
 async def test_number_that_json_cannot_hold_exactly_is_not_cached(harness: Harness) -> None:
     body = b'{"model":"%b","temperature":0,"messages":[],"seed":123456789012345678901234567890}'
     for _ in range(2):
@@ -312,13 +323,85 @@ async def test_scope_says_who_shares(scope: str, second: str) -> None:
         assert word(await ask(harness, headers={"authorization": "Bearer one"})) == "hit"
 
 
-async def test_answers_to_callers_own_keys_are_never_shared() -> None:
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"authorization": "Bearer one"}, {"authorization": "Bearer two"}),
+        ({"authorization": "Basic b25l"}, {"authorization": "Basic dHdv"}),
+        ({"x-goog-api-key": "one"}, {"x-goog-api-key": "two"}),
+        (
+            {"authorization": "Bearer team", "x-api-key": "one"},
+            {"authorization": "Bearer team", "x-api-key": "two"},
+        ),
+    ],
+    ids=str,
+)
+async def test_answers_to_callers_own_keys_are_never_shared(
+    one: dict[str, str], other: dict[str, str]
+) -> None:
     upstream = FakeUpstream()
     upstream.passes_client_key = True
     upstream.answer = upstream.whole(ANSWER)
     async with caching(upstream, scope="all") as harness:
-        await ask(harness, headers={"authorization": "Bearer one"})
-        assert word(await ask(harness, headers={"authorization": "Bearer two"})) == "miss"
+        await ask(harness, headers=one)
+        assert word(await ask(harness, headers=other)) == "miss"
+        assert word(await ask(harness, headers=one)) == "hit"
+
+
+async def test_teams_with_other_settings_do_not_share() -> None:
+    async with Harness(TokenCounter, Use(Cache, {"scope": "all"})) as harness:
+        harness.upstream.answer = harness.upstream.whole(ANSWER)
+        plain = (await ask(harness)).client.headers["x-sidecar-cache-key"]
+    async with Harness(
+        TokenCounter, Use(Cache, {"scope": "all", "ignore_fields": ["tools"]})
+    ) as harness:
+        harness.upstream.answer = harness.upstream.whole(ANSWER)
+        assert (await ask(harness)).client.headers["x-sidecar-cache-key"] != plain
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"web_search_options": {"x": 1}},
+        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        {"enable_search": True},
+    ],
+    ids=str,
+)
+async def test_answer_that_depends_on_the_world_is_not_cached(
+    harness: Harness, fields: dict[str, Any]
+) -> None:
+    assert word(await ask(harness, **fields)) == "bypass"
+
+
+async def test_request_too_long_for_a_quick_key_is_passed_by(harness: Harness) -> None:
+    assert word(await ask(harness, "x" * 300_000)) == "bypass"
+
+
+async def test_stream_with_further_options_is_not_shared_with_others(harness: Harness) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    await stream(
+        harness,
+        *EVENTS,
+        USAGE_EVENT,
+        DONE,
+        call=asking(harness, stream=True, stream_options=options),
+    )
+    again = await stream(harness, *EVENTS, USAGE_EVENT, DONE)
+    assert word(again) == "miss"
+
+
+async def test_stream_kept_without_usage_is_not_given_to_one_that_asks_for_it() -> None:
+    counter = Use(TokenCounter, {"ask_for_usage": False})
+    async with Harness(counter, Cache) as harness:
+        await stream(harness, *EVENTS, DONE)
+        asked = {"include_usage": True}
+        call = asking(harness, stream=True, stream_options=asked)
+        assert word(await stream(harness, *EVENTS, USAGE_EVENT, DONE, call=call)) == "miss"
+        assert word(await ask(harness, stream=True)) == "hit"
+        both = await ask(harness, stream=True, stream_options=asked)
+        assert (word(both), USAGE_EVENT in both.client.data) == ("hit", True)
 
 
 # What is not kept
@@ -378,6 +461,16 @@ async def test_no_cache_asks_again_and_keeps_the_new_answer(
     again = await ask(harness, headers=headers)
     assert (word(again), again.client.data) == ("miss", newer)
     assert (await ask(harness)).client.data == newer
+
+
+async def test_directives_on_several_lines_all_count(harness: Harness) -> None:
+    fields = [("cache-control", "max-age=60"), ("cache-control", "no-store")]
+    body = {"model": MODEL, "messages": [], "temperature": 0}
+    assert word(await harness.run(harness.call(body, headers=fields))) == "bypass"
+
+
+async def test_directive_that_is_no_number_is_passed_over(harness: Harness) -> None:
+    assert word(await ask(harness, headers={"cache-control": "max-age=\u00b2"})) == "miss"
 
 
 async def test_max_age_takes_no_older_answer(harness: Harness) -> None:
@@ -441,7 +534,7 @@ async def test_refusal_that_will_not_change_is_kept_for_a_while(
 ) -> None:
     error = b'{"error":{"code":"invalid_value","message":"no","type":"invalid_request_error"}}'
     harness.upstream.answer = harness.upstream.whole(error, status=status)
-    first, second = await ask(harness), await ask(harness, stream=True)
+    first, second = await ask(harness), await ask(harness)
     assert [word(first), word(second)] == ["miss", "hit"]
     assert (second.client.status, second.client.data) == (status, error)
     harness.clock.turn(61)
@@ -472,6 +565,30 @@ async def test_refusals_are_not_kept_if_told() -> None:
     async with caching(negative_ttl_s=0) as harness:
         harness.upstream.answer = harness.upstream.whole(b'{"error":{}}', status=400)
         assert [word(await ask(harness)) for _ in range(2)] == ["miss", "miss"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"metadata": {"x": 1}}, {"user": "me"}, {"stream": True}],
+    ids=str,
+)
+async def test_refusal_answers_only_the_very_same_request(
+    harness: Harness, fields: dict[str, Any]
+) -> None:
+    harness.upstream.answer = harness.upstream.whole(b'{"error":{}}', status=400)
+    await ask(harness, **fields)
+    harness.upstream.answer = harness.upstream.whole(ANSWER)
+    good = await ask(harness)
+    assert (word(good), good.client.status) == ("miss", 200)
+
+
+async def test_refusal_for_a_header_answers_only_requests_with_that_header(
+    harness: Harness,
+) -> None:
+    harness.upstream.answer = harness.upstream.whole(b'{"error":{}}', status=400)
+    await ask(harness, headers={"content-type": "text/plain"})
+    harness.upstream.answer = harness.upstream.whole(ANSWER)
+    assert (await ask(harness)).client.status == 200
 
 
 # Time and room
@@ -553,9 +670,10 @@ async def test_wrong_command_is_told_what_is_right(
 
 async def test_panel_shows_the_stores(harness: Harness) -> None:
     await ask(harness)
-    (shown,) = await harness.resources.of_kind("panel")["cache"].show()
-    assert shown["backend"] == "memory"
-    assert "entries=1" in shown["store"]
+    kept, refusals = await harness.resources.of_kind("panel")["cache"].show()
+    assert (kept["backend"], kept["entries"]) == ("memory", 1)
+    assert kept["bytes"] > len(ANSWER)
+    assert refusals == {"backend": "refusals", "entries": 0, "bytes": 0}
 
 
 async def test_failure_is_passed_on_and_not_kept(harness: Harness) -> None:

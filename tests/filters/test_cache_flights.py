@@ -11,7 +11,20 @@ import pytest
 from filters.cache import Cache
 from filters.stores import flights
 from filters.token_counter import TokenCounter
-from sidecar.api import CACHED, USAGE, Attempt, Call, Outcome, Phase, Reply, Usage
+from sidecar.api import (
+    CACHED,
+    USAGE,
+    Attempt,
+    Call,
+    CallFilter,
+    CallNext,
+    FilterConfig,
+    Outcome,
+    Phase,
+    Reply,
+    Usage,
+)
+from sidecar.call import deadline_exceeded
 from tests.filters.test_cache import (
     ANSWER,
     DONE,
@@ -23,7 +36,7 @@ from tests.filters.test_cache import (
     caching,
     word,
 )
-from tests.support.harness import Harness, Run, broken
+from tests.support.harness import PATIENCE_S, Harness, Run, Use, broken
 
 WHOLE = b"".join([*EVENTS, DONE])
 
@@ -201,15 +214,54 @@ async def test_stream_that_breaks_off_breaks_off_for_all(harness: Harness) -> No
 
 
 async def test_deadline_of_the_first_is_not_the_others(harness: Harness) -> None:
-    held(harness)
-    hurried = harness.start(asking(harness, headers={"x-request-timeout": "0.05"}))
-    patient = harness.start(asking(harness))
+    asked = 0
+
+    async def answer(attempt: Attempt) -> Reply:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return Reply.of(200, ANSWER)
+        async with asyncio.timeout(PATIENCE_S):
+            while attempt.call.time_left(harness.clock.monotonic()) > 0:  # noqa: ASYNC110 - the clock is turned
+                await asyncio.sleep(0)
+        raise deadline_exceeded()
+
+    harness.upstream.answer = answer
+    hurried = harness.start(asking(harness, headers={"x-request-timeout": "5"}))
+    await turns()
+    patient = harness.start(asking(harness, headers={"x-request-timeout": "50"}))
+    await turns()
+    harness.clock.turn(6)
+    await turns()
+    assert asked == 1  # it goes on for the one that has more time
+    harness.clock.turn(45)
+    hurried.client_leaves()
     await hurried.ended()
-    assert hurried.client.status == 504
-    harness.upstream.answer = harness.upstream.whole(ANSWER)
-    held(harness).set()
-    patient.client_leaves()
+    assert (await patient.ended()).status == 504
+
+
+async def test_one_with_more_time_asks_again_when_the_first_one_s_is_over(
+    harness: Harness,
+) -> None:
+    asked = 0
+
+    async def answer(attempt: Attempt) -> Reply:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return Reply.of(200, ANSWER)
+        await asyncio.sleep(0.01)
+        raise deadline_exceeded()  # of a timer that was set before the other one came
+
+    harness.upstream.answer = answer
+    hurried = harness.start(asking(harness, headers={"x-request-timeout": "5"}))
+    await turns()
+    patient = harness.start(asking(harness))
+    await turns()
+    harness.clock.turn(5)
+    assert (await hurried.ended()).status == 504
     await patient.ended()
+    assert (patient.client.status, asked) == (200, 2)
 
 
 async def test_deadline_of_a_follower_ends_only_its_own_wait(harness: Harness) -> None:
@@ -419,3 +471,99 @@ async def test_usage_is_on_the_shared_call_for_those_inside(harness: Harness) ->
     harness.upstream.answer = watched
     await ask(harness)
     assert seen == [TOOK]
+
+
+async def test_refusal_is_shared_only_by_the_very_same_requests(harness: Harness) -> None:
+    async def answer(attempt: Attempt) -> Reply:
+        await turns()
+        is_bad = b"metadata" in attempt.body
+        return Reply.of(400 if is_bad else 200, b'{"error":{}}' if is_bad else ANSWER)
+
+    harness.upstream.answer = answer
+    bad = [harness.start(asking(harness, metadata={"x": 1})) for _ in range(2)]
+    good = [harness.start(asking(harness)) for _ in range(2)]
+    for run in (*bad, *good):
+        await run.ended()
+    assert [run.client.status for run in bad] == [400, 400]
+    assert [run.client.status for run in good] == [200, 200]
+    assert len(harness.upstream.sent) == 2
+
+
+class Broken(CallFilter):
+    """Fails in one way or another with the reply in its hands."""
+
+    class Config(FilterConfig):
+        how: str
+
+    async def handle(self, call: Call, call_next: CallNext) -> Reply:
+        reply = await call_next(call)
+        if self.config.how == "raise":
+            raise LookupError
+        reply.body.map(Raising())
+        return reply
+
+
+class Raising:
+    def feed(self, data: bytes) -> bytes:
+        raise LookupError
+
+    def finish(self) -> bytes:
+        return b""
+
+
+@pytest.mark.parametrize("how", ["raise", "map"])
+async def test_filter_that_fails_behind_leaves_nobody_waiting_and_nothing_open(how: str) -> None:
+    async with Harness(TokenCounter, Cache, Use(Broken, {"how": how})) as harness:
+        harness.upstream.answer = harness.upstream.whole(ANSWER)
+        runs = [harness.start(asking(harness)) for _ in range(2)]
+        for run in runs:
+            assert (await run.ended()).outcome is Outcome.ABORTED
+        harness.upstream.answer = harness.upstream.stream(EVENTS[0])
+        stream = harness.start(asking(harness, stream=True))
+        await stream.ended()
+        assert stream.client.status == 500 or stream.client.error is not None
+        if how == "raise":
+            assert harness.upstream.source.is_aborted
+        await harness.settled()
+
+
+async def test_headers_for_the_payer_alone_do_not_reach_the_others(harness: Harness) -> None:
+    async def answer(attempt: Attempt) -> Reply:
+        await turns()
+        reply = Reply.of(200, ANSWER)
+        reply.headers["set-cookie"] = "session=payer"
+        reply.headers["x-ratelimit-remaining-requests"] = "3"
+        return reply
+
+    harness.upstream.answer = answer
+    payer, other = (harness.start(asking(harness)) for _ in range(2))
+    await payer.ended()
+    await other.ended()
+    assert payer.client.headers["set-cookie"] == "session=payer"
+    assert {"set-cookie", "x-ratelimit-remaining-requests"}.isdisjoint(other.client.headers)
+
+
+async def test_purge_reaches_what_is_under_way(harness: Harness) -> None:
+    go = held(harness)
+    run = harness.start(asking(harness))
+    await turns()
+    await harness.resources.of_kind("panel")["cache"].act({"purge": "all"})
+    go.set()
+    await run.ended()
+    assert word(await ask(harness)) == "miss"
+
+
+async def test_call_that_asks_again_is_counted_once(harness: Harness) -> None:
+    async def answer(attempt: Attempt) -> Reply:
+        await turns()
+        return Reply.of(400 if b"metadata" in attempt.body else 200, ANSWER)
+
+    harness.upstream.answer = answer
+    runs = [harness.start(asking(harness, **each)) for each in ({"metadata": {"x": 1}}, {})]
+    for run in runs:
+        await run.ended()
+    counts = [
+        harness.value("llm_sidecar_cache", team="tests", result=word)
+        for word in ("hit", "miss", "join", "bypass")
+    ]
+    assert counts == [0, 1, 1, 0]

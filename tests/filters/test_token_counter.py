@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+from dataclasses import replace
 
 import orjson
 import pytest
 
 from filters import token_counter
 from filters.token_counter import TokenCounter
-from sidecar.api import REPORTED, USAGE, Call, CallFilter, CallNext, Key, Phase, Reply, Usage
+from sidecar.api import (
+    REPORTED,
+    USAGE,
+    Attempt,
+    Call,
+    CallFilter,
+    CallNext,
+    Key,
+    Phase,
+    Reply,
+    Usage,
+)
 from sidecar.dialects import ANTHROPIC
 from tests.support.harness import MODEL, FakeUpstream, Harness, Run, Use, broken
 
@@ -383,3 +395,100 @@ async def test_client_that_leaves_while_a_whole_answer_comes_owes_what_came() ->
         run.client_leaves()
         await run.ended()
         assert run.call[USAGE].is_estimated
+        assert run.call[USAGE].output > 30
+
+
+async def test_tokens_that_are_only_counted_are_not_used() -> None:
+    async with Harness(TokenCounter, upstream=FakeUpstream(dialect=ANTHROPIC)) as harness:
+        harness.upstream.answer = harness.upstream.whole(b'{"input_tokens":14}')
+        run = await harness.run(harness.call(path="/v1/messages/count_tokens"))
+        assert USAGE not in run.call
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br"])
+async def test_compressed_stream_is_not_held_to_take_usage_out(encoding: str) -> None:
+    async with Harness(TokenCounter) as harness:
+        harness.upstream.answer = harness.upstream.stream(b"\x1f\x8b", encoding=encoding)
+        run = harness.start(streamed_call(harness))
+        await run.begun()
+        harness.upstream.source.feed(b"\x08")
+        assert run.client.data == b"\x1f\x8b\x08"
+        run.client_leaves()
+        await run.ended()
+
+
+async def test_answer_that_is_no_json_is_not_waited_for() -> None:
+    async with Harness(TokenCounter) as harness:
+        harness.upstream.answer = harness.upstream.stream(b"ID3", media_type="audio/mpeg")
+        run = harness.start(streamed_call(harness))
+        await run.begun()
+        assert run.client.data == b"ID3"
+        run.client_leaves()
+        await run.ended()
+
+
+async def test_json_answer_to_a_call_for_a_stream_passes_as_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_counter, "MAX_JSON_BYTES", 20)
+    async with Harness(TokenCounter) as harness:
+        harness.upstream.answer = harness.upstream.stream(JSON[:30], media_type="application/json")
+        run = harness.start(streamed_call(harness))
+        await run.begun()
+        assert run.client.data == JSON[:30]
+        harness.upstream.source.finish(JSON[30:])
+        await run.ended()
+        assert run.client.data == JSON
+        assert run.call[USAGE] == Usage(12, 7)
+
+
+async def test_vocabularies_are_loaded_before_the_first_call_if_told() -> None:
+    async with Harness(Use(TokenCounter, {"load_at_start": ["gpt-4o", "gpt-4.1"]})) as harness:
+        counter = harness.filters[0]
+        assert isinstance(counter, TokenCounter)
+        assert await counter._vocabularies.warm([]) == ("o200k_base",)
+
+
+REFUSED = b'{"detail":[{"type":"extra_forbidden","loc":["body","stream_options","include_usage"]}]}'
+
+
+async def test_upstream_that_refuses_to_be_asked_for_usage_is_asked_once_and_never_again() -> None:
+    async with Harness(TokenCounter) as harness:
+        upstream = harness.upstream
+        streams = upstream.stream(TEXT)
+
+        async def answer(attempt: Attempt) -> Reply:
+            if b"include_usage" in attempt.body:
+                return Reply.of(422, REFUSED)
+            return await streams(attempt)
+
+        upstream.answer = answer
+        for _ in range(2):
+            run = harness.start(streamed_call(harness))
+            await run.begun()
+            upstream.source.feed(DONE)
+            upstream.source.finish()
+            await run.ended()
+            assert (run.client.status, run.client.data) == (200, TEXT + DONE)
+        assert ["include_usage" in each.body.decode() for each in upstream.sent] == [
+            *(True, False),
+            False,
+        ]
+
+
+async def test_refusal_for_another_reason_is_the_caller_s() -> None:
+    async with Harness(TokenCounter) as harness:
+        harness.upstream.answer = harness.upstream.whole(b'{"error":{}}', status=422)
+        run = await harness.run(streamed_call(harness))
+        assert run.client.status == 422
+        assert len(harness.upstream.sent) == 1
+
+
+async def test_upstream_known_to_refuse_is_not_asked() -> None:
+    section = TokenCounter.UpstreamConfig(ask_for_usage=None)
+    async with Harness(Use(TokenCounter, upstreams={"fake": section})) as harness:
+        counter = harness.filters[0]
+        assert isinstance(counter, TokenCounter)
+        assert counter._refusing == set()
+    kit = replace(counter.kit, origins={"fake": ("https", "api.mistral.ai")})
+    assert TokenCounter(TokenCounter.Config(), kit)._refusing == {"fake"}

@@ -68,17 +68,20 @@ class Ends(CallFilter):
 
 
 class AttemptEnds(AttemptFilter):
-    """Remembers how attempts ended, debt by debt."""
+    """Remembers how many answers have begun, and how attempts ended, debt by debt."""
 
     def __init__(self, config: object, kit: object) -> None:
         super().__init__(config, kit)  # type: ignore[arg-type]
+        self.begun = 0
         self.ends: list[End] = []
         self.settled: list[End] = []
 
     async def handle(self, attempt: Attempt, call_next: AttemptNext) -> Reply:
         attempt.on_end(self.ends.append)
         attempt.on_settle(self._settle)
-        return await call_next(attempt)
+        reply = await call_next(attempt)
+        self.begun += 1
+        return reply
 
     async def _settle(self, end: End) -> None:
         self.settled.append(end)

@@ -86,11 +86,11 @@ async def test_a_stream_that_has_begun_may_go_on_past_the_deadline(
     client.send(chat_request(model, stream=True, x_request_timeout="0.2"))
     connection = await raw.accept()
     await connection.read_request()
-    connection.write(STREAM_HEAD + b"4\r\none \r\n")
-    await client.until(b"one \r\n")
+    connection.write(STREAM_HEAD + b"b\r\ndata: one\n\n\r\n")
+    await client.until(b"data: one\n\n\r\n")
     await until(lambda: time.monotonic() - began > 0.25)
-    connection.write(b"4\r\ntwo!\r\n0\r\n\r\n")
-    assert (await client.until(b"0\r\n\r\n")).endswith(b"two!\r\n0\r\n\r\n")
+    connection.write(b"b\r\ndata: two\n\n\r\n0\r\n\r\n")
+    assert (await client.until(b"0\r\n\r\n")).endswith(b"data: two\n\n\r\n0\r\n\r\n")
     connection.close()
 
 

@@ -17,6 +17,8 @@ STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 )
 BOTH = ["gpt", "claude"]
+AS_IT_CAME = "filters: {token_counter: {ask_for_usage: false}}\n"
+"""No usage is taken out of streams, so their bytes pass however they are cut."""
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ async def test_they_come_before_the_first_byte(start: Start, raw: RawUpstream, m
 
 
 async def test_they_come_between_events_only(start: Start, raw: RawUpstream) -> None:
-    flow = await start(config(raw))
+    flow = await start(config(raw) + AS_IT_CAME)
     client, connection = await begun(flow, raw, chat_request(stream=True))
     connection.write(STREAM_HEAD + chunk(EVENT))
     await client.until(EVENT + b"\r\n")
@@ -97,6 +99,21 @@ async def test_they_come_between_events_only(start: Start, raw: RawUpstream) -> 
     connection.write(chunk(EVENT[9:]) + b"0\r\n\r\n")
     rest = await client.until(b"\r\n0\r\n\r\n")
     assert rest.startswith(chunk(EVENT[9:]))
+    connection.close()
+
+
+async def test_they_go_on_while_an_event_is_held_until_it_is_whole(
+    start: Start, raw: RawUpstream
+) -> None:
+    flow = await start(config(raw))
+    client, connection = await begun(flow, raw, chat_request(stream=True))
+    connection.write(STREAM_HEAD + chunk(EVENT) + chunk(EVENT[:9]))
+    await client.until(EVENT + b"\r\n")
+    for _ in range(3):
+        assert await client.until(BEAT_CHUNK) == BEAT_CHUNK
+    connection.write(chunk(EVENT[9:]) + b"0\r\n\r\n")
+    rest = await client.until(b"\r\n0\r\n\r\n")
+    assert rest.replace(BEAT_CHUNK, b"") == chunk(EVENT) + b"0\r\n\r\n"
     connection.close()
 
 

@@ -356,9 +356,11 @@ async def test_a_client_that_breaks_off_a_stream_frees_its_upstream(
 
 
 async def test_a_timeout_of_the_sdk_frees_its_upstream(flow: Flow) -> None:
+    """Of an SDK that does not tell of it: else the sidecar may be the first to say so."""
+    headers = {"x-mock-hang": "head", "x-stainless-read-timeout": "60"}
     async with flow.openai() as client:
         with pytest.raises(openai.APITimeoutError):
             await client.with_options(timeout=0.05).chat.completions.create(
-                model="gpt", messages=HELLO, extra_headers={"x-mock-hang": "head"}
+                model="gpt", messages=HELLO, extra_headers=headers
             )
         await flow.provider.wait_for(lambda: flow.provider.open_requests == 0)

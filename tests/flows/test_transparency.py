@@ -39,6 +39,15 @@ STREAM = (
 ).encode()
 
 
+USAGE_EVENT = (
+    b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4,"extra":{}}}\n\n'
+)
+ASKS_FOR_USAGE = request(
+    "POST", CHAT, chat_body(stream=True, stream_options={"include_usage": True})
+)
+"""Its caller wants the event with usage: nothing is taken out of the stream."""
+
+
 @pytest.fixture
 async def raw() -> AsyncIterator[RawUpstream]:
     async with RawUpstream() as raw:
@@ -79,7 +88,7 @@ async def test_a_stream_is_the_same_however_it_is_cut(
     cuts = [[STREAM], [STREAM[at : at + 1] for at in range(len(STREAM))]]
     cuts += [[STREAM[:at], STREAM[at:]] for at in range(1, len(STREAM), 7)]
     for pieces in cuts:
-        got, _ = await answered(flow, raw, chat_request(stream=True), STREAM_HEAD + chunked(pieces))
+        got, _ = await answered(flow, raw, ASKS_FOR_USAGE, STREAM_HEAD + chunked(pieces))
         assert got.is_whole
         assert got.body == STREAM
     lines = await flow.logged(len(cuts))
@@ -95,7 +104,7 @@ async def test_a_stream_is_the_same_however_the_network_cuts_it(
     chance = random.Random(7)
     for _ in range(20):
         client = await flow.connect()
-        client.send(chat_request(stream=True))
+        client.send(ASKS_FOR_USAGE)
         connection = await raw.accept()
         await connection.read_request()
         at = 0
@@ -135,6 +144,34 @@ async def test_events_are_passed_on_as_they_come(start: Start, raw: RawUpstream)
     assert await client.until(b"0\r\n\r\n") == b"\r\n0\r\n\r\n"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"content-type: audio/mpeg\r\n",
+        b"content-type: application/x-ndjson\r\n",
+        b"content-type: text/event-stream\r\ncontent-encoding: gzip\r\n",
+        b"content-type: text/event-stream\r\ncontent-encoding: br\r\n",
+        b"",
+    ],
+)
+async def test_answers_in_which_nothing_can_be_looked_for_are_passed_on_as_they_come(
+    start: Start, raw: RawUpstream, fields: bytes
+) -> None:
+    """Speech is heard, and what was compressed all the same is read, while it is made."""
+    flow = await start(config(raw))
+    client = await flow.connect()
+    client.send(chat_request(stream=True))
+    connection = await raw.accept()
+    await connection.read_request()
+    connection.write(b"HTTP/1.1 200 OK\r\n" + fields + b"content-length: 10\r\n\r\n")
+    answer = b""
+    for number in range(10):
+        connection.write(b"%d" % number)
+        answer += await client.until(b"%d" % number)
+    assert answer.endswith(b"0123456789")
+    connection.close()
+
+
 async def test_trailers_go_to_a_client_that_takes_them_only(flow: Flow) -> None:
     with_te = await flow.call(chat_request(stream=True, x_mock_trailer="1", te="trailers"))
     without = await flow.call(chat_request(stream=True, x_mock_trailer="1"))
@@ -159,6 +196,95 @@ async def test_every_framing_of_an_upstream_is_understood(
     plain = await flow.call(chat_request(stream=stream))
     assert answer.is_whole
     assert answer.body == plain.body
+
+
+# Streams whose usage only the sidecar asked for
+
+
+def is_between_events(data: bytes) -> bool:
+    return data.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+
+
+@pytest.mark.parametrize("border", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+async def test_a_stream_lacks_the_event_that_nobody_asked_for_and_nothing_else_however_it_is_cut(
+    start: Start, raw: RawUpstream, border: bytes
+) -> None:
+    flow = await start(config(raw))
+    stream = STREAM.replace(b"\r\n\r\n", b"\n\n").replace(b"\n\n", border)
+    usage = USAGE_EVENT.replace(b"\n\n", border)
+    assert stream.count(usage) == 1
+    cuts = [[stream], [stream[at : at + 1] for at in range(len(stream))]]
+    cuts += [[stream[:at], stream[at:]] for at in range(1, len(stream), 7)]
+    for pieces in cuts:
+        got, received = await answered(
+            flow, raw, chat_request(stream=True), STREAM_HEAD + chunked(pieces)
+        )
+        assert got.is_whole
+        assert got.body == stream.replace(usage, b"")
+        assert all(map(is_between_events, got.pieces))
+        assert b'"stream_options":{"include_usage":true}' in received
+    lines = await flow.logged(len(cuts))
+    assert {line["output_tokens"] for line in lines} == {4}
+
+
+async def test_an_event_is_never_passed_in_half_however_the_network_cuts_it(
+    start: Start, raw: RawUpstream
+) -> None:
+    flow = await start(config(raw))
+    wire = STREAM_HEAD + chunked([STREAM[:200], STREAM[200:]])
+    chance = random.Random(11)
+    for _ in range(20):
+        client = await flow.connect()
+        client.send(chat_request(stream=True))
+        connection = await raw.accept()
+        await connection.read_request()
+        at = 0
+        while at < len(wire):
+            size = chance.randint(1, 60)
+            connection.write(wire[at : at + size])
+            at += size
+            await flow.call(request("GET", "/v1/models"))  # a few turns of the loop
+        got = await client.answer()
+        assert got.body == STREAM.replace(USAGE_EVENT, b"")
+        assert all(map(is_between_events, got.pieces))
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "last",
+    [b"data: [DONE]", b"data: [DONE]\n", b'data: {"choices":[{"index":0}]}', b"data: \xc3", b":"],
+)
+@pytest.mark.parametrize("is_apart", [False, True])
+async def test_an_event_that_a_stream_ends_in_is_not_lost(
+    start: Start, raw: RawUpstream, last: bytes, is_apart: bool
+) -> None:
+    """Some providers leave out the blank line behind the last one."""
+    flow = await start(config(raw))
+    head = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+    pieces = [head, last] if is_apart else [head + last]
+    got, _ = await answered(flow, raw, chat_request(stream=True), STREAM_HEAD + chunked(pieces))
+    assert (got.body, got.is_whole) == (head + last, True)
+
+
+async def test_an_event_that_is_whole_is_passed_on_though_the_next_has_begun(
+    start: Start, raw: RawUpstream
+) -> None:
+    flow = await start(config(raw))
+    client = await flow.connect()
+    client.send(chat_request(stream=True))
+    connection = await raw.accept()
+    await connection.read_request()
+    connection.write(STREAM_HEAD)
+    events = [b'data: {"choices":[{"index":%d}]}\n\n' % number for number in range(5)]
+    wire = b"".join(events)
+    at = 0
+    for event in events:
+        end = wire.index(event) + len(event) + 6  # with the beginning of the next
+        piece = wire[at:end]
+        connection.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        at = end
+        assert (await client.until(event + b"\r\n")).endswith(b"%x\r\n%b\r\n" % (len(event), event))
+    connection.close()
 
 
 # The request

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.flow import PROVIDER_KEY, Answer, Flow, Start, chat_request, request
+from filters.token_counter import MAX_JSON_BYTES
+from tests.support.flow import CHAT, PROVIDER_KEY, Answer, Flow, Start, chat_request, request
 from tests.support.upstream import RawConnection, RawUpstream
 
 BOTH = ["gpt", "claude"]
@@ -17,6 +18,8 @@ STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 )
 EVENT = b'data: {"choices":[]}\n\n'
+AS_IT_CAME = "filters: {token_counter: {ask_for_usage: false}}\n"
+"""No usage is taken out of streams, so their bytes pass however they are cut."""
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ async def test_an_upstream_that_takes_no_connection_gives_504(start: Start) -> N
 async def test_a_stream_that_dies_ends_with_an_error_event_and_not_cleanly(
     start: Start, raw: RawUpstream, model: str, cut: bytes
 ) -> None:
-    flow = await start(config(raw.base_url))
+    flow = await start(config(raw.base_url) + AS_IT_CAME)
     client = await flow.connect()
     client.send(chat_request(model, stream=True))
     connection = await begun(raw, STREAM_HEAD + chunk(EVENT) + chunk(cut))
@@ -161,6 +164,40 @@ async def test_a_stream_that_dies_ends_with_an_error_event_and_not_cleanly(
     assert body["error"]["code"] == "upstream_closed"
     (line,) = await flow.logged()
     assert (line["outcome"], line["status"]) == ("upstream_failed", 200)
+
+
+@pytest.mark.parametrize("at", [0, 1, 9, len(EVENT) - 1, len(EVENT)])
+@pytest.mark.parametrize("is_apart", [False, True])
+async def test_of_a_stream_that_dies_every_whole_event_and_no_half_one_is_passed_on(
+    start: Start, raw: RawUpstream, at: int, is_apart: bool
+) -> None:
+    """While an event has only begun, it may be the one with usage that nobody asked for."""
+    flow = await start(config(raw.base_url))
+    client = await flow.connect()
+    client.send(chat_request(stream=True))
+    cut, whole = EVENT[:at], EVENT * (2 if at == len(EVENT) else 1)
+    pieces = [EVENT, cut] if is_apart and cut else [EVENT + cut]
+    (await begun(raw, STREAM_HEAD + b"".join(map(chunk, pieces)))).close()
+    answer = await client.answer()
+    assert (answer.status, answer.is_whole) == (200, False)
+    assert answer.body.startswith(whole + b"data: {")
+    event = answer.body.removeprefix(whole)
+    assert event.endswith(b"}\n\n")
+    assert json.loads(event.removeprefix(b"data: "))["error"]["code"] == "upstream_closed"
+    (line,) = await flow.logged()
+    assert (line["outcome"], line["status"]) == ("upstream_failed", 200)
+
+
+async def test_a_stream_that_dies_in_its_first_event_is_no_empty_one(
+    start: Start, raw: RawUpstream
+) -> None:
+    flow = await start(config(raw.base_url))
+    client = await flow.connect()
+    client.send(chat_request(stream=True))
+    (await begun(raw, STREAM_HEAD + chunk(EVENT[:9]))).close()
+    answer = await client.answer()
+    assert (answer.status, answer.is_whole) == (200, False)
+    assert json.loads(answer.body.removeprefix(b"data: "))["error"]["code"] == "upstream_closed"
 
 
 def unchunked(data: bytes) -> bytes:
@@ -269,12 +306,49 @@ async def test_an_http_1_0_client_can_tell_a_broken_body_from_a_whole_one(
     flow = await start(config(raw.base_url))
     client = await flow.connect()
     client.send(request("POST", "/v1/chat/completions", b'{"model":"gpt"}', version="1.0"))
-    head = STREAM_HEAD.replace(b"text/event-stream", b"application/json")
-    connection = await begun(raw, head + chunk(b'{"half":'))
+    head = STREAM_HEAD.replace(b"text/event-stream", b"audio/mpeg")
+    connection = await begun(raw, head + chunk(b"ID3 half"))
     await client.until(b"half")
     connection.close()
     with pytest.raises(ConnectionResetError):
         await client.reader.read()
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunks"])
+@pytest.mark.parametrize("size", [9, 2 * MAX_JSON_BYTES], ids=["before its head", "after its head"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_json_answer_that_breaks_off_cannot_be_taken_for_a_whole_one(
+    start: Start, raw: RawUpstream, version: str, size: int, is_chunked: bool
+) -> None:
+    """Its beginning is waited for. What came of it is sound JSON here, so only the framing tells;
+    without one, a reset."""
+    flow = await start(config(raw.base_url))
+    client = await flow.connect()
+    client.send(request("POST", CHAT, b'{"model":"gpt"}', version=version))
+    data = b'{"a":"%b"}' % (b"x" * (size - 8))
+    framing = b"content-length: %d\r\n\r\n%b" % (size + 1, data)
+    if is_chunked:
+        framing = b"transfer-encoding: chunked\r\n\r\n" + chunk(data)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+    connection = await begun(raw, head + framing)
+    if size > MAX_JSON_BYTES:
+        begins = await client.until(b'{"a":')
+        assert begins.startswith(b"HTTP/1.1 200 ")
+    connection.close()
+    if is_chunked and version == "1.0":
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
+    elif size > MAX_JSON_BYTES:
+        rest = await client.rest()
+        if is_chunked:
+            assert not rest.endswith(b"0\r\n\r\n")
+        else:
+            assert len(b'{"a":' + rest) == size  # one byte less than its head says
+    else:
+        answer = await client.answer()
+        assert (answer.status, answer.body, answer.is_whole) == (200, data, False)
+    (line,) = await flow.logged()
+    assert (line["outcome"], line["error"]) == ("upstream_failed", "upstream_closed")
 
 
 # A bug of ours

@@ -472,6 +472,7 @@ class Harness:
             team=self.team.name,
             upstreams=use.upstreams,
             origins={name: ("https", f"{name}.test") for name in use.upstreams},
+            places={self.upstream.name: f"https://{self.upstream.name}.test"},
             fetch=self.fetcher,
             store=self.store,
             data_dir=self.data_dir,

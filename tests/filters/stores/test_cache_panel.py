@@ -20,8 +20,8 @@ class Shelf:
         self.asked.append(where)
         return self._purged
 
-    def __repr__(self) -> str:
-        return f"<Shelf {self._purged}>"
+    def holds(self) -> tuple[int, int] | None:
+        return None if self._purged is None else (self._purged, 100 * self._purged)
 
 
 def panel(*shelves: Shelf) -> CachePanel:
@@ -33,11 +33,8 @@ def panel(*shelves: Shelf) -> CachePanel:
 
 
 async def test_each_store_is_shown_once() -> None:
-    shown = await panel(Shelf(1), Shelf(2)).show()
-    assert shown == [
-        {"backend": "memory", "store": "<Shelf 1>"},
-        {"backend": "memory", "store": "<Shelf 2>"},
-    ]
+    shown = await panel(Shelf(1), Shelf(None)).show()
+    assert shown == [{"backend": "memory", "entries": 1, "bytes": 100}, {"backend": "memory"}]
 
 
 @pytest.mark.parametrize(
