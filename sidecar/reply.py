@@ -175,7 +175,13 @@ class Body:
 
     async def wait_for(self, size: int) -> None:
         """Wait until so many bytes are in hand, or all there are; they stay in hand."""
-        while sum(map(len, self._held)) < size and not self.is_arrived and self._ended is None:
+        seen = total = 0  # a total that goes on: what drips in comes in many pieces
+        while True:
+            held = self._held
+            total += sum(map(len, held[seen:]))
+            seen = len(held)
+            if total >= size or self.is_arrived or self._ended is not None:
+                return
             await self._feed_more()
 
     async def _feed_more(self) -> None:

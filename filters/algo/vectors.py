@@ -42,10 +42,11 @@ def unit(numbers: object) -> Vector | None:
         return None
     wide = np.array(numbers, dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        length = float(np.sqrt(np.vecdot(wide, wide)))
-        if not isfinite(length) or length == 0.0:
+        largest = float(np.max(np.abs(wide)))
+        if not isfinite(largest) or largest == 0.0:
             return None
-        return (wide / length).astype(np.float32)
+        wide /= largest  # or the squares of tiny ones would be nothing, of huge ones too much
+        return (wide / np.sqrt(np.vecdot(wide, wide))).astype(np.float32)  # type: ignore[no-any-return]
 
 
 class Match(NamedTuple, Generic[V]):

@@ -69,8 +69,6 @@ def test_vector_gets_the_length_1() -> None:
         [[0.1]],
         [float("nan"), 1.0],
         [float("inf"), 1.0],
-        [1e308, 1e308],
-        [5e-324],
         [1.0] * 16_385,
     ],
     ids=lambda value: str(value)[:20],
