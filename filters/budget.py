@@ -281,9 +281,8 @@ class Budget(CallFilter):
         if plan is None or not plan.starts_at <= now < plan.ends_at:
             # All end at the same moment; and callers' keys may be many.
             one = next(iter(self._plans.values()), None)
-            if one is not None and not one.starts_at <= now < one.ends_at:
-                self._plans.clear()
-            elif len(self._plans) >= MAX_PLANS:
+            is_over = one is not None and not one.starts_at <= now < one.ends_at
+            if is_over or len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             plan = self._plans[names] = self._make_plan(names, now)
         if self._read.is_fixed:

@@ -223,8 +223,6 @@ async def test_teams_that_keep_theirs_elsewhere_are_added(tmp_path: Path) -> Non
         (CHAIN, "set `data_dir`, such as `data_dir: .sidecar`, or a `store`"),
         ("data_dir: state\n" + CHAIN.replace("ledger, ", ""), "add `ledger` to the list `call`"),
         (ON_DISK + "filters: {ledger: {where: 'off'}}\n", "and not `where: off`"),
-        (ON_DISK + "filters: {ledger: {where: redis}}\n", "`where: redis` needs a `store"),
-        (CHAIN + "filters: {ledger: {where: disk}}\n", "`where: disk` needs a `data_dir`"),
         (ON_DISK, "state/ledger.db: there is no ledger yet"),
     ],
 )

@@ -40,11 +40,12 @@ class Period(NamedTuple):
 class Calendar:
     """The days, weeks or months of one time zone."""
 
-    __slots__ = ("_unit", "_zone", "first_of")
+    __slots__ = ("_unit", "_week_starts", "_zone", "first_of")
 
     def __init__(self, unit: Unit, zone: tzinfo, *, week_starts: Weekday = "monday") -> None:
         self._unit = unit
         self._zone = zone
+        self._week_starts = week_starts
         first_weekday = WEEKDAYS.index(week_starts)
         self.first_of: Callable[[date], date]
         """The first day of the period that a day is in."""
@@ -65,6 +66,16 @@ class Calendar:
             first = self._after(first)
         name = f"{self._unit} {first.isoformat()}"
         return Period(name, self._starts_at(first), self._starts_at(self._after(first)))
+
+    def key_of(self, period: Period) -> str:
+        """Its name, and whose it is where that is not said by it: days of different time zones are
+        not the same, nor are weeks that begin on different days."""
+        key = period.name
+        if self._zone is not UTC:
+            key += f" {self._zone}"
+        if self._unit == "week" and self._week_starts != "monday":
+            key += f" from {self._week_starts}"
+        return key
 
     def _after(self, first: date) -> date:
         """The first day of the next period."""

@@ -1,7 +1,11 @@
 """Records in a SQLite file: one row each, added up by SQL when somebody asks.
 
+Later the rows of a minute are merged into one for each kind. Minutes that rows were written to
+since are on a list, so that nothing is looked for and nothing merged in vain; a row that comes late
+puts its minute there again.
+
 Money is exact: it stands as decimal text and is added as `Decimal`; SQLite's own sum would be a
-float. Several processes may write the same file, and others read it meanwhile (WAL).
+float. Several processes may write and merge the same file, and others read it meanwhile (WAL).
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from filters.algo.usage_report import EXACT, NOTHING, SLOT_S, TIMES, Line, Query
-from filters.stores.ledger import NoLedger, NotWritten, Record, sayable
+from filters.stores.ledger import MINUTE_S, NoLedger, NotWritten, Record, sayable
 from filters.stores.sqlite import Database, open_database
 from sidecar.api import Kit
 
@@ -29,6 +34,8 @@ COLUMNS = (
     *("attempts", "total_ms", "cost"),
 )
 """As the fields of a record."""
+SORT_IN_MEMORY = "PRAGMA temp_store=MEMORY"
+"""There may be no folder for temporary files."""
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS calls (
         time_ms INTEGER NOT NULL,
@@ -60,13 +67,41 @@ SCHEMA = (
         cost TEXT
     )""",
     "CREATE INDEX IF NOT EXISTS calls_by_time ON calls (time_ms)",
+    """CREATE TABLE IF NOT EXISTS unmerged (
+        minute INTEGER PRIMARY KEY,
+        done_ms INTEGER NOT NULL
+    )""",
+    SORT_IN_MEMORY,
     f"SELECT {', '.join(COLUMNS)} FROM calls LIMIT 0",
 )
-"""The last one fails in a file with other columns."""
+"""The last one fails in a file with other columns. Minutes are those since 1970; before `done_ms`
+the rows of one are merged already, but for those that came later."""
 INSERT = f"INSERT INTO calls ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 PRUNE_STEP = 1_000
 """Rows; a few milliseconds."""
 PRUNE = "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time_ms < ? LIMIT ?)"
+
+MINUTE_MS = MINUTE_S * 1000
+MERGE_STEP = 2_000
+"""Rows, and what is merged of their minute already; some five milliseconds."""
+TO_MERGE = "INSERT OR IGNORE INTO unmerged VALUES (?, ?)"
+OLDEST = "SELECT minute, done_ms FROM unmerged WHERE minute < ? ORDER BY minute LIMIT 1"
+NEXT_STEP = (
+    "SELECT time_ms FROM calls WHERE time_ms >= ? AND time_ms < ? ORDER BY 1 LIMIT 1 OFFSET ?"
+)
+_KIND = COLUMNS[1 : COLUMNS.index("calls")]
+_FIGURES = COLUMNS[COLUMNS.index("calls") : -1]
+MERGED = (
+    f"SELECT MIN(rowid), MAX(time_ms), {', '.join(_KIND)}, "
+    f"{', '.join(f'SUM({each})' for each in _FIGURES)}, GROUP_CONCAT(cost, ' '), COUNT(*) "
+    f"FROM calls WHERE time_ms >= ? AND time_ms < ? GROUP BY {', '.join(_KIND)}"
+)
+"""`rowid`, `COLUMNS`, and of how many rows. SQL adds whole numbers exactly, at half the time and
+without keeping the loop from its work. Money comes as a list: for each row of an aggregate of our
+own the thread would wait for the loop."""
+DELETE = "DELETE FROM calls WHERE time_ms >= ? AND time_ms < ?"
+REPLACE = INSERT.replace("(", "(rowid, ", 1).replace("(?", "(?, ?")
+"""A merged row stands where the first of its rows did: rows stay in order of time, pages full."""
 
 ANOTHER_VERSION = "another version has begun it, move it away to go on"
 READ_PATIENCE_S = 5.0
@@ -119,6 +154,8 @@ class DiskLedger:
     async def write(self, records: Sequence[Record], keep_days: int) -> None:
         def insert(connection: sqlite3.Connection) -> None:
             connection.executemany(INSERT, map(_row, records))
+            minutes = {int(record.time_s) // MINUTE_S for record in records}
+            connection.executemany(TO_MERGE, [(each, each * MINUTE_MS) for each in minutes])
 
         try:
             await self._database.ask(insert)
@@ -130,6 +167,9 @@ class DiskLedger:
             return connection.execute(PRUNE, (int(before_s * 1000), PRUNE_STEP)).rowcount
 
         return await self._database.ask(delete) == PRUNE_STEP
+
+    async def merge(self, before_s: float) -> bool:
+        return await self._database.ask(partial(_merge, before=int(before_s) // MINUTE_S))
 
     def __repr__(self) -> str:
         return f"<DiskLedger {self._database!r}>"
@@ -145,6 +185,37 @@ def _row(record: Record) -> tuple[object, ...]:
     total_ms = round(record.total_s * 1000)
     cost = None if record.currency is None else format(record.cost, "f")
     return (int(record.time_s * 1000), *row[1:-2], total_ms, cost)
+
+
+def _merge(connection: sqlite3.Connection, before: int) -> bool:
+    """A step in the oldest minute that is before `before` and not merged; whether there was one.
+    In the thread."""
+    found = connection.execute(OLDEST, (before,)).fetchone()
+    if found is None:
+        return False
+    minute, done_ms = found
+    begin_ms, end_ms = minute * MINUTE_MS, (minute + 1) * MINUTE_MS
+    beyond = connection.execute(NEXT_STEP, (done_ms, end_ms, MERGE_STEP)).fetchone()
+    until_ms = end_ms if beyond is None else max(beyond[0], done_ms + 1)
+    groups = connection.execute(MERGED, (begin_ms, until_ms)).fetchall()
+    if any(count > 1 for *_, count in groups):
+        connection.execute(DELETE, (begin_ms, until_ms))
+        connection.executemany(REPLACE, [(*row, _added(costs)) for *row, costs, _ in groups])
+    if until_ms < end_ms:
+        connection.execute("UPDATE unmerged SET done_ms = ? WHERE minute = ?", (until_ms, minute))
+    else:
+        connection.execute("DELETE FROM unmerged WHERE minute = ?", (minute,))
+    return True
+
+
+def _added(costs: str | None) -> str | None:
+    """The sum of decimal texts with spaces between them."""
+    if costs is None:
+        return None
+    total = NOTHING
+    for each in costs.split(" "):
+        total = EXACT.add(total, Decimal(each))
+    return format(total, "f")
 
 
 # Reading
@@ -167,14 +238,20 @@ class _ExactSum:
 def read_disk(data_dir: Path, query: Query) -> Iterator[Line]:
     """The lines of the file in `data_dir`, read beside whoever writes. Raises NoLedger."""
     path = data_dir / NAME
-    if not path.exists():
-        raise NoLedger(f"{path}: there is no ledger yet: `sidecar run` begins it with its start")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        hint = "there is no ledger yet: `sidecar run` begins it with its start"
+        raise NoLedger(f"{path}: {hint}") from None
+    except OSError as error:  # of another user
+        raise NoLedger(f"{path}: {error.strerror}") from error
     sql, values = _select(query)
     try:
         where = f"file:{quote(str(path.resolve()))}?mode=ro"
         with closing(sqlite3.connect(where, uri=True, timeout=READ_PATIENCE_S)) as connection:
             # typeshed has it that aggregates are of integers.
             connection.create_aggregate("exact_sum", 1, _ExactSum)  # type: ignore[arg-type]
+            connection.execute(SORT_IN_MEMORY)
             found = connection.execute(sql, values).fetchall()
     except sqlite3.Error as error:
         why = f"{error}: {ANOTHER_VERSION}" if _is_of_another_version(error) else str(error)
@@ -196,7 +273,7 @@ def _select(query: Query) -> tuple[str, list[object]]:
     for column, value in (("team", query.team), ("model", query.model)):
         if value is not None:
             wheres.append(f"{column} = ?")
-            values.append(value)
+            values.append(sayable(value))
     groups = ", ".join(str(number) for number in range(1, len(names) + 2))
     sql = (
         f"SELECT {', '.join(names)}, currency, exact_sum(cost), {', '.join(_SUMS)} "

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from filters.algo.usage_report import EXACT, NOTHING, Line, Query
+from filters.stores.steady import SteadyClock
 from sidecar.api import Clock, Cost, Counter, Kit, StoreAddress, Timer, Usage
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,16 @@ MINUTE_S = 60
 TELL_S = 60.0
 """What is dropped is told so often."""
 
-PRUNE_FIRST_S = 60.0
-"""After the start, which has other things to do."""
-PRUNE_EVERY_S = 86_400.0
+PRUNE_EVERY_S = 3_600.0
+"""And not before: by then a clock that was wrong at the start has been set."""
 PRUNE_PAUSE_S = 1.0
 """Between two steps; each is short, so that no record waits long."""
+MERGE_AFTER_S = 3_600
+"""Until then it is known to a tenth of a second when calls ended, later to the minute."""
+MERGE_FIRST_S = 60.0
+"""After the start, which has other things to do."""
+MERGE_EVERY_S = 600.0
+MERGE_PAUSE_S = 0.1
 
 MAX_TOKENS = 10**12
 """For each call of a record: an upstream may report anything, and sums must fit into 64 bits."""
@@ -150,13 +156,65 @@ class Writer(Protocol):
     """Where records go."""
 
     async def write(self, records: Sequence[Record], keep_days: int) -> None:
-        """All of them, or none and `NotWritten`. Any other exception: they are lost."""
+        """All of them, which are of one minute, or none and `NotWritten`. Any other exception: they
+        are lost."""
         ...
 
     async def prune(self, before_s: float) -> bool:
         """Forget some of what ended before `before_s` (Unix seconds); whether there may be more.
-        Whatever it raises, it is asked again the next day."""
+        Whatever it raises, it is asked again an hour later."""
         ...
+
+    async def merge(self, before_s: float) -> bool:
+        """Make one record of some that are alike, of a minute that ended before `before_s` (Unix
+        seconds); whether there may be more. Whatever it raises, it is asked again."""
+        ...
+
+
+class Chore:
+    """Something that is done beside the calls, in steps with pauses, and then again and again."""
+
+    def __init__(
+        self,
+        kit: Kit,
+        name: str,
+        step: Callable[[], Awaitable[bool]],
+        first_s: float,
+        pause_s: float,
+        every_s: float,
+    ) -> None:
+        self._clock: Clock = kit.clock
+        self._tasks = kit.tasks
+        self._name = name
+        self._step = step
+        self._first_s = first_s
+        self._pause_s = pause_s
+        self._every_s = every_s
+        self._timer: Timer | None = None
+        """The last one; None: it has not begun."""
+        self._is_over = False
+
+    def begin(self) -> None:
+        """Soon, unless it has begun or is over."""
+        if self._timer is None and not self._is_over:
+            self._wait(self._first_s)
+
+    def cancel(self) -> None:
+        """No further step, for good."""
+        self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self, delay_s: float) -> None:
+        self._timer = self._clock.call_later(delay_s, self._go_on)
+
+    def _go_on(self) -> None:
+        self._tasks.start(self._do_step(), name=f"ledger: {self._name}")
+
+    async def _do_step(self) -> None:
+        has_more = await self._step()
+        if not self._is_over:
+            self._wait(self._pause_s if has_more else self._every_s)
 
 
 class Ledger:
@@ -165,6 +223,7 @@ class Ledger:
     def __init__(self, kit: Kit, writer: Writer) -> None:
         self._writer = writer
         self._clock: Clock = kit.clock
+        self._steady = SteadyClock(kit.clock)
         self._tasks = kit.tasks
         self._open: dict[Kind, Sums] = {}
         """Of this moment."""
@@ -178,7 +237,10 @@ class Ledger:
         self._keep_days = 1
         self._timer: Timer | None = None
         self._again: Timer | None = None
-        self._pruning: Timer | None = None
+        self._chores = (
+            Chore(kit, "prune", self._prune, PRUNE_EVERY_S, PRUNE_PAUSE_S, PRUNE_EVERY_S),
+            Chore(kit, "merge", self._merge, MERGE_FIRST_S, MERGE_PAUSE_S, MERGE_EVERY_S),
+        )
         self._running: asyncio.Task[None] | None = None
         self._is_away = False
         self._is_closed = False
@@ -236,8 +298,8 @@ class Ledger:
         """A filter begins to use it. Records are kept as long as any of them wants."""
         self._keeps.append(keep_days)
         self._keep_days = max(self._keeps)
-        if self._pruning is None and not self._is_closed:
-            self._pruning = self._clock.call_later(PRUNE_FIRST_S, self._prune)
+        for chore in self._chores:
+            chore.begin()
 
     def leave(self, keep_days: int) -> None:
         """It does so no more."""
@@ -248,10 +310,10 @@ class Ledger:
     async def close(self) -> None:
         """Write what waits. What cannot be written now is lost. Idempotent."""
         self._is_closed = True
-        for timer in (self._timer, self._again, self._pruning):
+        for timer in (self._timer, self._again, *self._chores):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._again = self._pruning = None
+        self._timer = self._again = None
         if self._running is not None:
             await asyncio.wait((self._running,))
         self._end_moment()
@@ -312,7 +374,9 @@ class Ledger:
 
     async def _write(self) -> bool:
         """Whether the place is there; if not, the records still wait."""
-        keys = list(islice(self._waiting, TOGETHER))
+        minute, _ = next(iter(self._waiting))
+        alike = takewhile(lambda key: key[0] == minute, self._waiting)
+        keys = list(islice(alike, TOGETHER))
         batch = {key: self._waiting.pop(key) for key in keys}
         records = [sums.record(kind) for (_, kind), sums in batch.items()]
         self._on_their_way = len(records)
@@ -342,22 +406,25 @@ class Ledger:
             log.warning("ledger_dropped", extra={"calls": self._untold, "reason": reason})
             self._untold, self._tell_at = 0, now + TELL_S
 
-    # Pruning
+    # Chores: a step of each; whether there may be more
 
-    def _prune(self) -> None:
-        self._tasks.start(self._prune_once(), name="ledger: prune")
-
-    async def _prune_once(self) -> None:
-        has_more = False
+    async def _prune(self) -> bool:
+        if not self._keeps or not self._steady.is_trusted():  # nobody says how long, or what time
+            return False
         try:
-            if self._keeps:
-                before_s = self._clock.wall() - self._keep_days * 86_400
-                has_more = await self._writer.prune(before_s)
+            return await self._writer.prune(self._clock.wall() - self._keep_days * 86_400)
         except Exception as error:
             log.warning("ledger_not_pruned", extra={"error": str(error)})
-        if not self._is_closed:
-            pause_s = PRUNE_PAUSE_S if has_more else PRUNE_EVERY_S
-            self._pruning = self._clock.call_later(pause_s, self._prune)
+            return False
+
+    async def _merge(self) -> bool:
+        if not self._keeps:
+            return False
+        try:
+            return await self._writer.merge(self._clock.wall() - MERGE_AFTER_S)
+        except Exception as error:
+            log.warning("ledger_not_merged", extra={"error": str(error)})
+            return False
 
     def __repr__(self) -> str:
         return f"<Ledger {self._writer!r} waiting={len(self._open) + len(self._waiting)}>"

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from filters.stores.rules import WhenDown
 from filters.stores.spending import Account, Crossed, Level, Line
+from filters.stores.steady import SteadyClock
 from sidecar.api import Kit, Timer
 
 if TYPE_CHECKING:
@@ -26,13 +28,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WRITE_S = 0.02
-"""So long changes wait for more of them: a process that is killed loses no more, but for what the
-thread gathers, which is as much again."""
+"""So long changes wait for more of them: a process that is killed loses no more, but for what is
+being written."""
 READ_S = 1.0
 LEASE_S = 10.0
 """What a process has reserved counts for so long since it wrote; it writes every `READ_S`."""
 KEEP_S = 86_400
 """So long after its period an account may still be settled."""
+PRUNE_EVERY_S = 3_600.0
+"""And not before: by then a clock that was wrong at the start has been set."""
 MAX_ACCOUNTS = 20_000
 """Further ones are counted together: whose keys are the callers', these could be any number."""
 OTHERS = "others"
@@ -52,6 +56,9 @@ WRITE = "INSERT OR REPLACE INTO spending VALUES (?, ?, ?, ?, ?, ?)"
 READ = """SELECT account, sum(spent), sum(CASE WHEN told_at > ? THEN reserved ELSE 0 END)
     FROM spending WHERE ends_at > ? AND writer <> ? GROUP BY account"""
 PRUNE = "DELETE FROM spending WHERE ends_at < ?"
+
+Row = tuple[str, str, int, int, int, float]
+"""As the columns of the file."""
 
 NOTHING = Level(0, 0)
 
@@ -142,6 +149,7 @@ class MemorySpending:
 
     def __init__(self, kit: Kit, database: Database | None) -> None:
         self._clock = kit.clock
+        self._steady = SteadyClock(kit.clock)
         self._tasks = kit.tasks
         self._database = database
         self._writer = uuid.uuid4().hex[:16]
@@ -149,11 +157,14 @@ class MemorySpending:
         self._others: dict[str, Level] = {}
         self._changed: dict[str, Sum] = {}
         self._write_timer: Timer | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._read_timer: Timer | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._prune_timer: Timer | None = None
         self._version = 0
         self._is_loaded = False
-        self._has_failed = False
+        self._has_read = True
+        self._has_written = True
         self.is_kept = database is not None
         self.sharers = 1 if self.is_kept else max(1, kit.workers)
         """So many processes spend as much as this one, as far as it knows: they see nothing of each
@@ -163,12 +174,11 @@ class MemorySpending:
         if self._is_loaded:
             return
         self._is_loaded = True
+        self._prune_later()
         database = self._database
         if database is None:
             log.warning("budget_not_kept", extra={"hint": "set data_dir, or a store, to keep it"})
             return
-        old = self._clock.wall() - KEEP_S
-        database.post(lambda connection: connection.execute(PRUNE, (old,)))
         await self._read(database)
         self._read_later()
 
@@ -177,15 +187,18 @@ class MemorySpending:
 
     async def close(self) -> None:
         """Hand over what was not written yet; the database writes it before it closes."""
-        for timer in (self._write_timer, self._read_timer):
+        for timer in (self._write_timer, self._read_timer, self._prune_timer):
             if timer is not None:
                 timer.cancel()
-        reading = self._reading
-        if reading is not None:
-            reading.cancel()
-            await asyncio.wait((reading,))
-        if self._database is not None:
-            self._write()
+        under_way = [each for each in (self._reading, self._writing) if each is not None]
+        for each in under_way:
+            each.cancel()
+        if under_way:
+            await asyncio.wait(under_way)
+        if self._database is not None and self._changed:
+            rows = self._rows(self._changed)
+            self._changed = {}
+            self._database.post(lambda connection: connection.executemany(WRITE, rows))
 
     def _sum(self, account: Account) -> Sum:
         found = self._sums.get(account.key)
@@ -211,6 +224,19 @@ class MemorySpending:
             if each.account.ends_at > now or each.reserved
         }
 
+    def _prune_later(self) -> None:
+        self._prune_timer = self._clock.call_later(PRUNE_EVERY_S, self._prune)
+
+    def _prune(self) -> None:
+        """Forget what is over, here and in the file."""
+        self._prune_later()
+        if not self._steady.is_trusted():
+            return
+        self._sweep()
+        if self._database is not None:
+            old = self._clock.wall() - KEEP_S
+            self._database.post(lambda connection: connection.execute(PRUNE, (old,)))
+
     # The file
 
     def changed(self, sums: Sequence[Sum]) -> None:
@@ -223,16 +249,39 @@ class MemorySpending:
 
     def _write(self) -> None:
         self._write_timer = None
-        changed, self._changed = self._changed, {}
-        if not changed or self._database is None:
-            return
+        if self._writing is None and self._changed and self._database is not None:
+            self._writing = self._tasks.start(
+                self._write_changed(self._database), name="budgets: write"
+            )
+
+    async def _write_changed(self, database: Database) -> None:
+        """Until nothing has changed meanwhile. What cannot be written now is written with the next
+        change, or the next look."""
+        changed: dict[str, Sum] = {}
+        try:
+            while self._changed:
+                changed, self._changed = self._changed, {}
+                rows = self._rows(changed)
+                await database.ask(partial(_write_rows, rows=rows))
+                changed = {}
+                if self._write_timer is not None:  # there is time to gather more
+                    break
+        except Exception as error:  # locked for seconds; a full disk
+            if self._has_written:
+                log.warning("budgets_not_written", extra={"error": str(error)})
+            self._has_written = False
+        else:
+            self._has_written = True
+        finally:  # also when it is cancelled: written twice is as good
+            self._changed = changed | self._changed
+            self._writing = None
+
+    def _rows(self, changed: Mapping[str, Sum]) -> list[Row]:
         now = self._clock.wall()
-        rows = [
+        return [
             (key, self._writer, each.account.ends_at, each.spent, each.reserved, now)
             for key, each in changed.items()
         ]
-        if not self._database.post(lambda connection: connection.executemany(WRITE, rows)):
-            self._changed = changed  # with the next change, or the next look
 
     def _read_later(self) -> None:
         self._read_timer = self._clock.call_later(READ_S, self._look)
@@ -252,11 +301,11 @@ class MemorySpending:
         try:
             await self._read(database)
         except Exception as error:  # locked for seconds; a disk that has gone
-            if not self._has_failed:
+            if self._has_read:
                 log.warning("budgets_not_read", extra={"error": str(error)})
-            self._has_failed = True
+            self._has_read = False
         else:
-            self._has_failed = False
+            self._has_read = True
         finally:
             self._reading = None
 
@@ -284,3 +333,7 @@ class MemorySpending:
     def __repr__(self) -> str:
         where = self._database.path.name if self._database is not None else "memory"
         return f"<MemorySpending {where} accounts={len(self._sums)}>"
+
+
+def _write_rows(connection: Connection, rows: Sequence[Row]) -> None:
+    connection.executemany(WRITE, rows)

@@ -15,6 +15,8 @@ if now == 0 then
   now = time[1] * 1000000 + time[2]
 end
 
+local MOST = '9007199254740992' -- 2^53: Lua counts exactly up to here
+
 local function whole(number)
   return string.format('%.0f', number)
 end
@@ -61,8 +63,13 @@ if what == 'tell' then
     local writer, spent, reserved = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2]
     local more = spent - tonumber(redis.call('HGET', spent_key, writer) or 0)
     if more ~= 0 then
+      -- The sum first: what it has not got, the writer has not told. More than can be counted is as
+      -- much as can be, so that limits hold and the accounts behind are told.
+      local added = redis.pcall('HINCRBY', spent_key, 'total', whole(more))
+      if type(added) == 'table' and added.err then
+        redis.call('HSET', spent_key, 'total', MOST)
+      end
       redis.call('HSET', spent_key, writer, whole(spent))
-      redis.call('HINCRBY', spent_key, 'total', whole(more))
       redis.call('PEXPIREAT', spent_key, whole(tonumber(ARGV[at + 3]) * 1000 + keep))
     end
     local amount = reservation(redis.call('HGET', reserved_key, writer))

@@ -36,6 +36,10 @@ GATHER_S = 0.02
 """So long the thread waits for more to write together; nobody waits for it."""
 BUSY_S = 5.0
 """So long another process may write."""
+BUSY_PAUSE_S = 0.005
+"""Between two attempts to open a file that another process is just making."""
+SHORT_BUSY_S = 1.0
+"""The same for work that its asker tries again: nothing else, and no stop, waits longer for it."""
 _END = object()
 
 
@@ -70,6 +74,7 @@ class Database:
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._is_closed = False
         self._failures = 0
+        self._busy_s = BUSY_S
         self._thread = threading.Thread(
             target=self._work_off, args=(connection,), name=f"sqlite {path.name}", daemon=True
         )
@@ -80,20 +85,23 @@ class Database:
         """Pieces of work that were not begun yet."""
         return self._waiting.qsize()
 
-    async def ask(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def ask(
+        self, work: Callable[[sqlite3.Connection], T], *, busy_s: float | None = None
+    ) -> T:
         """What `work` returns, run in the thread after all that was posted before, in a transaction
-        of its own. It runs also when the asker is cancelled meanwhile."""
+        of its own. It runs also when the asker is cancelled meanwhile. While another process
+        writes it waits `busy_s`, or `BUSY_S`, and then raises `sqlite3.OperationalError`."""
         if self._is_closed:
             raise RuntimeError(f"{self.path.name} is closed")
         answer: Future[T] = Future()
-        self._waiting.put((work, answer))
+        self._waiting.put((work, answer, BUSY_S if busy_s is None else busy_s))
         return await asyncio.wrap_future(answer)
 
     def post(self, work: Work) -> bool:
         """Run `work` beside the calls, in order. False: too much is waiting, and it is dropped."""
         if self._is_closed or self._waiting.qsize() >= MAX_WAITING:
             return False
-        self._waiting.put((work, None))
+        self._waiting.put((work, None, BUSY_S))
         return True
 
     async def close(self) -> None:
@@ -125,6 +133,17 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         # Only this user: what stands in it is the team's business.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        until = time.monotonic() + BUSY_S
+        while True:
+            try:
+                return self._prepare()
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait where two would wait for each other: both make the file.
+                if not _is_busy(error) or time.monotonic() >= until:
+                    raise
+            time.sleep(BUSY_PAUSE_S)
+
+    def _prepare(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
             self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -163,19 +182,24 @@ class Database:
             if item is _END:
                 self._write(connection, posted)
                 return False
-            work, answer = item
+            work, answer, busy_s = item
             if answer is not None:
                 self._write(connection, posted)
+                self._wait_for_others(connection, busy_s)
                 self._answer(connection, work, answer)
                 return True
             posted.append(work)
         self._write(connection, posted)
         return True
 
+    def _wait_for_others(self, connection: sqlite3.Connection, busy_s: float) -> None:
+        if busy_s != self._busy_s:
+            connection.execute(f"PRAGMA busy_timeout={round(busy_s * 1000)}")
+            self._busy_s = busy_s
+
     def _answer(self, connection: sqlite3.Connection, work: Work, answer: Future[Any]) -> None:
-        is_wanted = (
-            answer.set_running_or_notify_cancel()
-        )  # its asker may be gone; it is done anyway
+        # Its asker may be gone; it is done anyway.
+        is_wanted = answer.set_running_or_notify_cancel()
         try:
             result = _in_transaction(connection, [work])
         except BaseException as error:
@@ -189,9 +213,14 @@ class Database:
         """All of them in one transaction; when one fails, each in its own."""
         if not posted:
             return
+        self._wait_for_others(connection, BUSY_S)
         try:
             _in_transaction(connection, posted)
-        except Exception:
+        except Exception as first:
+            if _is_busy(first):  # each would wait as long, and for the same
+                for _ in posted:
+                    self._failed(first)
+                return
             for work in posted:
                 try:
                     _in_transaction(connection, [work])
@@ -200,9 +229,8 @@ class Database:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        if (
-            self._failures & (self._failures - 1) == 0
-        ):  # the 1st, 2nd, 4th, 8th: a full disk fails all
+        # The 1st, 2nd, 4th, 8th: a full disk fails all.
+        if self._failures & (self._failures - 1) == 0:
             log.error(
                 "database_write_failed",
                 extra={"file": str(self.path), "failures": self._failures, "error": str(error)},
@@ -211,6 +239,12 @@ class Database:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
         return f"<Database {self.path.name} {state} waiting={self.waiting}>"
+
+
+def _is_busy(error: Exception) -> bool:
+    """Whether another process, or another connection of this one, has locked the file."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # above it stands the reason
+    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _in_transaction(connection: sqlite3.Connection, works: Sequence[Work]) -> Any:

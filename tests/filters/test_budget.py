@@ -11,9 +11,10 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from filters.budget import Budget
+from filters.budget import MOST_PART, Budget
 from filters.cost import CallCost
 from filters.stores.memory_spending import MemoryPurse
+from filters.stores.spending import MOST
 from sidecar.api import (
     CACHED,
     LOST_USAGE,
@@ -491,6 +492,82 @@ async def test_what_nobody_could_price_at_its_end_has_taken_what_was_reserved() 
         assert harness.value("llm_sidecar_budget_unpriced", team="tests") == 1
 
 
+def embedding(call: Call, model: str, tokens: int) -> None:
+    """Stands for a semantic cache."""
+    call[SIDE_CALLS] = [SideCall(Target(FakeUpstream("side"), model), "embeddings", Usage(tokens))]
+
+
+@pytest.mark.parametrize(
+    ("tokens_out", "expected"), [(1, (0.1, 0.15)), (500, (0.501, 0.5011))], ids=["less", "more"]
+)
+async def test_a_call_whose_price_is_not_wholly_known_takes_what_is_known_or_was_reserved(
+    tokens_out: int, expected: tuple[float, float]
+) -> None:
+    async with budgeted({"usd_per_day": 1.0}) as harness:
+        answering(harness, 1, tokens_out)
+        call = chat(harness, 100)
+        embedding(call, "nobody-knows", 200)
+        await harness.run(call)
+        least, most = expected
+        assert least <= await spent(harness, "usd_per_day") < most
+        assert harness.value("llm_sidecar_budget_unpriced", team="tests") == 1
+
+
+async def test_what_is_known_in_the_currency_of_the_budget_counts_without_a_rate_of_exchange() -> (
+    None
+):
+    async with budgeted({"usd_per_day": 1.0, "cny_per_day": 1.0}) as harness:
+        answering(harness, 1, 500)
+        call = chat(harness, 100)
+        embedding(call, "yuan", 200)
+        await harness.run(call)
+        assert await spent(harness, "usd_per_day") == pytest.approx(0.501)
+        assert await spent(harness, "cny_per_day") == pytest.approx(0.2)
+
+
+async def test_one_call_takes_no_more_of_a_sum_than_stores_can_count() -> None:
+    settings = {"tokens_per_day": 10**15, "usd_per_day": 5_000_000.0}
+
+    class Boasts(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            call[USAGE] = Usage(2**64 - 1, 2**64 - 1)
+            return await call_next(call)
+
+    async with budgeted(settings, Boasts) as harness:
+        answering(harness, 1, 1)
+        for _ in range(2):
+            assert (await harness.run(chat(harness))).client.status == 200
+        assert await spent(harness) == 2 * MOST_PART
+        assert await spent(harness, "usd_per_day") == 20_000
+        assert 500 * MOST_PART < MOST
+
+
+async def test_an_upstream_that_reports_nonsense_does_not_keep_other_budgets_from_the_file(
+    tmp_path: Path,
+) -> None:
+    settings = {"limits": [{"tokens": 10**6, "per": "day", "then": "warn"}], "per": ["model"]}
+    for expected in (9, 18):
+        async with budgeted(settings, data_dir=tmp_path) as harness:
+            answering(harness, 10, 2**64 - 1)
+            await harness.run(chat(harness))
+            answering(harness, 4, 5)
+            await harness.run(chat(harness, model="mini"))
+            assert expected in {row["spent"] for row in await rows(harness)}
+
+
+async def test_embeddings_are_priced_by_the_name_that_callers_use() -> None:
+    class Embeds(CallFilter):
+        async def handle(self, call: Call, call_next: CallNext) -> Reply:
+            embedder = Target(FakeUpstream("embedder"), "at-home")
+            call[SIDE_CALLS] = [SideCall(embedder, "embeddings", Usage(200), "mini")]
+            return await call_next(call)
+
+    async with budgeted({"usd_per_day": 10.0}, Counts, Embeds) as harness:
+        answering(harness, 1000, 1000)
+        await harness.run(chat(harness, 5))
+        assert await spent(harness, "usd_per_day") == pytest.approx(2.02)
+
+
 # Settled
 
 
@@ -714,6 +791,26 @@ async def test_the_log_says_once_that_budgets_are_not_kept(
     async with harness:
         await harness.filters[1].start()
     assert [record.message for record in caplog.records].count("budget_not_kept") == told
+
+
+async def test_days_of_different_time_zones_are_counted_apart(tmp_path: Path) -> None:
+    settings = {"tokens_per_day": 100_000, "warn_at": None}
+    for zone, known in (("UTC", 0), ("Europe/Berlin", 0), ("UTC", 90), ("Europe/Berlin", 90)):
+        async with budgeted({**settings, "timezone": zone}, data_dir=tmp_path) as harness:
+            answering(harness, 40, 50)
+            await harness.run(chat(harness))
+            assert await spent(harness) == known + 90
+
+
+async def test_what_is_known_of_callers_is_forgotten_with_their_period() -> None:
+    async with budgeted({"tokens_per_day": 100_000, "per": ["model"]}) as harness:
+        answering(harness, 40, 50)
+        for model in (MODEL, "mini"):
+            await harness.run(chat(harness, model=model))
+        harness.clock.turn(DAY_S)
+        await harness.run(chat(harness, model="mini"))
+        budget = next(each for each in harness.filters if isinstance(each, Budget))
+        assert [plan.periods[0].name for plan in budget._plans.values()] == ["day 2023-11-15"]
 
 
 # For operators

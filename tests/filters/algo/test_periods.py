@@ -50,6 +50,18 @@ def test_week_begins_when_it_is_said_to(first: Weekday, name: str) -> None:
     assert found.name == f"week {name}"
 
 
+def test_key_tells_apart_days_of_other_zones_and_weeks_of_other_beginnings() -> None:
+    def key(unit: Unit, zone: str = "UTC", first: Weekday = "monday") -> str:
+        calendar = Calendar(unit, zone_of(zone), week_starts=first)
+        return calendar.key_of(calendar.at(at("2026-05-06T12:00")))
+
+    assert key("day") == "day 2026-05-06"
+    assert key("day", "Europe/Berlin") == "day 2026-05-06 Europe/Berlin"
+    assert key("week", first="monday") == "week 2026-05-04"
+    assert key("week", first="sunday") == "week 2026-05-03 from sunday"
+    assert key("month", "Asia/Shanghai", "sunday") == "month 2026-05-01 Asia/Shanghai"
+
+
 def test_border_belongs_to_the_period_that_begins() -> None:
     calendar = Calendar("month", UTC)
     border = at("2026-06-01")

@@ -7,11 +7,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, closing
 from decimal import Decimal
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from filters.stores.disk_ledger import (
     open_disk_ledger,
     read_disk,
 )
-from filters.stores.ledger import NoLedger, NotWritten
+from filters.stores.ledger import MAX_TOKENS, MINUTE_S, NoLedger, NotWritten, Record
 from filters.stores.sqlite import Database
 from sidecar.api import Cost, Usage
 from tests.support.harness import Harness
@@ -251,6 +252,302 @@ async def test_a_locked_file_is_to_be_tried_again(
     await database.close()
 
 
+# Merging
+
+LATER_S = NOON_S + 86_400
+"""When all has long been over."""
+MINUTE_MS = MINUTE_S * 1000
+EXACTLY = (
+    "SELECT time_ms / 60000, team, key_id, endpoint, model, upstream, upstream_model, status, "
+    "outcome, cached, is_side, is_estimated, currency, MAX(time_ms), SUM(calls), "
+    "SUM(input_tokens), SUM(output_tokens), SUM(cached_tokens), SUM(cache_write_tokens), "
+    "SUM(cache_write_1h_tokens), SUM(reasoning_tokens), SUM(reported_input_tokens), "
+    "SUM(reported_output_tokens), SUM(lost_input_tokens), SUM(lost_output_tokens), "
+    "SUM(attempts), SUM(total_ms), exact(cost), COUNT(cost) > 0 FROM calls "
+    "GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 ORDER BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+)
+"""All that is known of each minute and kind, asked for in another way than merging does."""
+
+
+class UnitsSum:
+    """Adds money as whole numbers of 1e-20."""
+
+    def __init__(self) -> None:
+        self.sum = 0
+
+    def step(self, amount: str | None) -> None:
+        whole, _, part = (amount or "0").partition(".")
+        self.sum += int(whole + part.ljust(20, "0"))
+
+    def finalize(self) -> str:
+        return str(self.sum)
+
+
+def known(folder: Path) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(folder / NAME)) as connection:
+        connection.create_aggregate("exact", 1, UnitsSum)  # type: ignore[arg-type]
+        return connection.execute(EXACTLY).fetchall()
+
+
+def asked(folder: Path, sql: str) -> Any:
+    """The one value."""
+    with closing(sqlite3.connect(folder / NAME)) as connection:
+        return connection.execute(sql).fetchone()[0]
+
+
+def rows_of(folder: Path, columns: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(folder / NAME)) as connection:
+        return connection.execute(f"SELECT {columns} FROM calls ORDER BY rowid").fetchall()
+
+
+async def merge_all(disk: DiskLedger, before_s: float = LATER_S) -> int:
+    """In how many steps."""
+    steps = 0
+    while await disk.merge(before_s):
+        steps += 1
+    return steps
+
+
+async def test_rows_of_a_minute_become_one_for_each_kind_with_the_time_of_the_newest(
+    disk: DiskLedger, tmp_path: Path
+) -> None:
+    records = [
+        record(time_s=NOON_S, cost="0.1"),
+        record(time_s=NOON_S + 59.9, calls=2, usage=Usage(1, 2, 3, 4, 5, 6), cost="0.20"),
+        record(time_s=NOON_S + 30, model="claude", cost=None),
+        record(time_s=NOON_S + 60, cost="0.4"),
+        record(time_s=NOON_S + 30, cost="0.0000000000000000000000001", lost=Usage(7, 8)),
+        record(time_s=NOON_S + 31, model="claude", cost=None, attempts=3, total_s=0.0005),
+    ]
+    await disk.write(records, 90)
+    assert await merge_all(disk) == 2
+    columns = "model, time_ms, calls, input_tokens, lost_output_tokens, attempts, total_ms, cost"
+    noon_ms = int(NOON_S * 1000)
+    assert sorted(rows_of(tmp_path, columns)) == [
+        ("claude", noon_ms + 31_000, 2, 20, 0, 4, 250, None),
+        ("gpt", noon_ms + 59_900, 4, 21, 8, 3, 750, "0.3000000000000000000000001"),
+        ("gpt", noon_ms + 60_000, 1, 10, 0, 1, 250, "0.4"),
+    ]
+
+
+SOME = st.builds(
+    record,
+    time_s=st.integers(0, 4 * MINUTE_MS - 1).map(lambda ms: NOON_S + ms / 1000),
+    calls=st.integers(1, 3),
+    usage=st.builds(Usage, *[st.integers(0, MAX_TOKENS)] * 6, is_estimated=st.booleans()),
+    reported=st.builds(Usage, st.integers(0, 9), st.integers(0, 9)),
+    lost=st.none() | st.builds(Usage, st.integers(0, 9), st.integers(0, 9)),
+    cost=st.none()
+    | st.builds(Cost, st.decimals(0, 10**6, places=20), st.sampled_from(["USD", "CNY"])),
+    attempts=st.integers(0, 3),
+    total_s=st.floats(0, 100),
+    model=st.sampled_from(["gpt", "gpt\0", "gpt\0a", "\udcff", "'", " "]),
+    team=st.sampled_from(["search", "ads"]),
+    status=st.sampled_from([200, 500]),
+    cached=st.sampled_from(["", "hit"]),
+    is_side=st.booleans(),
+)
+ROUNDS = st.lists(
+    st.tuples(st.lists(SOME | st.just(record()), min_size=1, max_size=30), st.integers(0, 9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ROUNDS, st.integers(1, 8))
+async def test_merging_changes_no_sum_and_no_minute_whatever_comes_between_its_steps(
+    rounds: list[tuple[list[Record], int]], step: int
+) -> None:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk_ledger, "MERGE_STEP", step)
+        merged, plain = [Path(folder) / name for name in ("merged", "plain")]
+        databases = [Database(each / NAME, SCHEMA) for each in (merged, plain)]
+        disk, other = map(DiskLedger, databases)
+        for records, steps in rounds:
+            await disk.write(records, 90)
+            await other.write(records, 90)
+            for _ in range(steps):
+                await disk.merge(LATER_S)
+            assert known(merged) == known(plain)
+        await merge_all(disk)
+        assert known(merged) == known(plain)
+        assert asked(merged, "SELECT COUNT(*) FROM calls") == len(known(plain))
+        for each in databases:
+            await each.close()
+
+
+async def test_only_minutes_that_ended_before_are_merged(disk: DiskLedger, tmp_path: Path) -> None:
+    await disk.write([record(time_s=NOON_S + second) for second in range(180)], 90)
+    assert await merge_all(disk, NOON_S + 119.9) == 1
+    minutes = [time_ms // MINUTE_MS for (time_ms,) in rows_of(tmp_path, "time_ms")]
+    assert [minutes.count(each) for each in sorted(set(minutes))] == [1, 60, 60]
+    assert await merge_all(disk, NOON_S + 120) == 1
+    assert len(rows_of(tmp_path, "1")) == 1 + 1 + 60
+
+
+async def test_what_is_merged_is_not_touched_again_until_something_is_added(
+    disk: DiskLedger, tmp_path: Path
+) -> None:
+    def changes() -> Any:
+        return disk._database.ask(lambda connection: connection.total_changes)
+
+    await disk.write([record(time_s=NOON_S + 60 * each) for each in range(5)], 90)
+    before = await changes()
+    assert await merge_all(disk) == 5
+    assert await changes() == before + 5  # minutes of one row each: taken from the list, no more
+    await disk.write([record(time_s=NOON_S + 60)], 90)  # it had to wait
+    assert await merge_all(disk) == 1
+    assert len(rows_of(tmp_path, "1")) == 5
+    before = await changes()
+    assert await merge_all(disk) == 0
+    assert await changes() == before
+
+
+@pytest.mark.parametrize("apart_ms", [0, 1])
+async def test_a_minute_with_many_rows_and_kinds_is_merged_in_bounded_steps(
+    disk: DiskLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart_ms: int
+) -> None:
+    monkeypatch.setattr(disk_ledger, "MERGE_STEP", 10)
+    for number in range(100):
+        time_s = NOON_S + number * apart_ms / 1000
+        await disk.write([record(time_s=time_s, model=f"gpt-{number % 30}")], 90)
+    before = known(tmp_path)
+    assert await merge_all(disk) == (10 if apart_ms else 2)
+    assert known(tmp_path) == before
+    assert len(rows_of(tmp_path, "1")) == 30
+
+
+async def test_merged_rows_stay_in_order_of_time_and_free_space_is_used_again(
+    disk: DiskLedger, tmp_path: Path
+) -> None:
+    pages = []
+    for hour in range(8):
+        begin_s = NOON_S + 3600 * hour
+        await disk.write([record(time_s=begin_s + second) for second in range(3600)], 90)
+        await merge_all(disk, begin_s + 3600)
+        pages.append(asked(tmp_path, "PRAGMA page_count"))
+    assert pages[-1] < pages[0] * 1.2
+    times = rows_of(tmp_path, "time_ms")
+    assert len(times) == 8 * 60
+    assert times == sorted(times)
+
+
+async def test_a_locked_file_is_merged_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("filters.stores.sqlite.BUSY_S", 0.01)
+    database = Database(tmp_path / NAME, SCHEMA)
+    disk = DiskLedger(database)
+    await disk.write([record(), record()], 90)
+    with closing(sqlite3.connect(tmp_path / NAME, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            await disk.merge(LATER_S)
+        other.execute("ROLLBACK")
+    assert await merge_all(disk) == 1
+    assert rows_of(tmp_path, "calls") == [(2,)]
+    await database.close()
+
+
+MERGES = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from filters.stores import disk_ledger
+from filters.stores.disk_ledger import NAME, SCHEMA, DiskLedger
+from filters.stores.sqlite import Database
+
+async def main():
+    disk = DiskLedger(Database(Path(sys.argv[1]) / NAME, SCHEMA))
+    steps, last = 0, int(sys.argv[2])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    while steps != last and await disk.merge(float("1e12")):
+        steps += 1
+    if steps == last:  # killed when its rows are deleted and the merged ones not there yet
+        disk_ledger._added = lambda costs: os.kill(os.getpid(), signal.SIGKILL)
+        await disk.merge(float("1e12"))
+    print(steps, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def merging(folder: Path, steps: int = -1) -> subprocess.Popen[str]:
+    """Another process that merges once it is told to; it is killed in the step after so many."""
+    arguments = [sys.executable, "-c", MERGES, str(folder), str(steps)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True)
+
+
+async def written(folder: Path, records: Sequence[Record]) -> None:
+    database = Database(folder / NAME, SCHEMA)
+    await DiskLedger(database).write(records, 90)
+    await database.close()
+
+
+async def test_killed_in_a_step_it_has_merged_whole_minutes_and_lost_or_doubled_nothing(
+    tmp_path: Path,
+) -> None:
+    await written(tmp_path, [record(time_s=NOON_S + second) for second in range(600)])
+    before = known(tmp_path)
+    with merging(tmp_path, steps=3) as process:
+        process.communicate("go\n")
+    assert process.returncode == -signal.SIGKILL
+    assert known(tmp_path) == before
+    assert len(rows_of(tmp_path, "1")) == 3 + 7 * 60
+    assert asked(tmp_path, "PRAGMA integrity_check") == "ok"
+    with merging(tmp_path) as process:
+        told, _ = process.communicate("go\n")
+    assert told.split() == ["ready", "7"]
+    assert known(tmp_path) == before
+    assert len(rows_of(tmp_path, "1")) == 10
+
+
+async def test_processes_that_merge_one_file_share_the_work_and_readers_see_the_same_sums(
+    tmp_path: Path,
+) -> None:
+    minutes = 300
+    await written(
+        tmp_path,
+        [
+            record(time_s=NOON_S + 6 * number, model=model)
+            for number in range(10 * minutes)
+            for model in ("gpt", "claude")
+        ],
+    )
+    before, lines = known(tmp_path), list(read_disk(tmp_path, EVER))
+    with ExitStack() as stack:
+        processes = [stack.enter_context(merging(tmp_path)) for _ in range(2)]
+        for each in processes:
+            assert each.stdout is not None
+            assert each.stdout.readline() == "ready\n"
+        for each in processes:
+            assert each.stdin is not None
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        while any(each.poll() is None for each in processes):
+            assert list(read_disk(tmp_path, EVER)) == lines
+        steps = [int(each.communicate()[0]) for each in processes]
+    assert sum(steps) == minutes  # no minute twice
+    assert known(tmp_path) == before
+    assert len(rows_of(tmp_path, "1")) == 2 * minutes
+
+
+async def test_who_has_begun_to_read_sees_what_was_there_until_the_end(
+    disk: DiskLedger, tmp_path: Path
+) -> None:
+    await disk.write([record()] * 10, 90)
+    count = "SELECT COUNT(*), SUM(calls) FROM calls"
+    with closing(sqlite3.connect(tmp_path / NAME, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute(count).fetchone() == (10, 10)
+        assert await merge_all(disk) == 1  # which does not wait for it
+        assert reader.execute(count).fetchone() == (10, 10)
+        reader.execute("COMMIT")
+        assert reader.execute(count).fetchone() == (1, 10)
+
+
 # Reading
 
 
@@ -342,3 +639,42 @@ def test_killed_mid_write_it_holds_whole_batches_and_all_that_were_written(tmp_p
     connection = sqlite3.connect(tmp_path / NAME)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
+
+
+def test_a_file_of_another_user_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(NoLedger, match=r"ledger\.db: Permission denied$"):
+        list(read_disk(tmp_path, EVER))
+
+
+async def test_a_model_that_no_encoding_takes_can_be_asked_for(tmp_path: Path) -> None:
+    database = Database(tmp_path / NAME, SCHEMA)
+    await DiskLedger(database).write([record(model="\udcff"), record()], 90)
+    await database.close()
+    (line,) = read_disk(tmp_path, Query(("model",), 0.0, inf, model="\udcff"))
+    assert (line.names, line.sums[0]) == (("?",), 1)
+    assert list(read_disk(tmp_path, Query(("model",), 0.0, inf, team="\udcff"))) == []
+
+
+async def test_reading_needs_no_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(tmp_path / NAME, SCHEMA)
+    await DiskLedger(database).write([record()], 90)
+    await database.close()
+    asked: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*arguments: Any, **more: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **more)
+        connection.set_trace_callback(asked.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    assert len(list(read_disk(tmp_path, EVER))) == 1
+    assert asked[0] == "PRAGMA temp_store=MEMORY"

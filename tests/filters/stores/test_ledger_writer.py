@@ -18,9 +18,12 @@ from filters.stores.ledger import (
     AGAIN_S,
     GATHER_S,
     MAX_TOKENS,
+    MERGE_AFTER_S,
+    MERGE_EVERY_S,
+    MERGE_FIRST_S,
+    MERGE_PAUSE_S,
     MINUTE_S,
     PRUNE_EVERY_S,
-    PRUNE_FIRST_S,
     PRUNE_PAUSE_S,
     TELL_S,
     Ledger,
@@ -30,6 +33,7 @@ from filters.stores.ledger import (
     place_of,
     sayable,
 )
+from filters.stores.steady import DOUBT_S
 from sidecar.api import Cost, Secret, StoreAddress, Usage
 from tests.support.harness import MEMORY, Harness
 from tests.support.ledger import USED, kind, record
@@ -45,6 +49,7 @@ class Place:
         self.failure: Exception | None = None
         self.keep_days = 0
         self.pruned_before: list[float] = []
+        self.merged_before: list[float] = []
         self.has_more = False
         self.gate = asyncio.Event()
         self.gate.set()
@@ -58,6 +63,12 @@ class Place:
 
     async def prune(self, before_s: float) -> bool:
         self.pruned_before.append(before_s)
+        if self.failure is not None:
+            raise self.failure
+        return self.has_more
+
+    async def merge(self, before_s: float) -> bool:
+        self.merged_before.append(before_s)
         if self.failure is not None:
             raise self.failure
         return self.has_more
@@ -203,8 +214,8 @@ async def test_sums_are_exact_whatever_the_place_does(
     found: dict[tuple[str, int], list[int]] = {}
     for each in desk.place.records:
         sums = found.setdefault((each.model, int(each.time_s) // MINUTE_S), [0, 0, 0])
-        for index, figure in enumerate((each.calls, each.input_tokens, each.cost.scaleb(14))):
-            sums[index] += int(figure)
+        for index, figure in enumerate((each.calls, each.input_tokens, int(each.cost.scaleb(14)))):
+            sums[index] += figure
     assert found == {
         key: [len(each), sum(one for one, _ in each), sum(int(a.scaleb(14)) for _, a in each)]
         for key, each in entered.items()
@@ -337,7 +348,7 @@ async def test_what_comes_while_the_place_is_away_is_added_to_what_waits_of_its_
         await desk.turn(1.0)
     desk.place.failure = None
     await desk.turn(AGAIN_S)
-    assert desk.place.counts == [[("gpt", 60)] * 3]
+    assert desk.place.counts == [[("gpt", 60)]] * 3  # one write for each minute
     assert sorted(each.time_s - began_s for each in desk.place.records) == [59, 119, 179]
     await desk.ledger.close()
 
@@ -428,12 +439,12 @@ async def test_a_write_that_is_cancelled_is_not_made_twice() -> None:
     assert desk.place.calls == 0  # the thread, or the store, has it already
 
 
-async def test_old_records_go_in_small_steps_and_then_daily() -> None:
+async def test_old_records_go_in_small_steps_and_then_hourly() -> None:
     desk = Desk()
     for days in (7, 30):
         desk.ledger.join(days)
     desk.place.has_more = True
-    await desk.turn(PRUNE_FIRST_S)
+    await desk.turn(PRUNE_EVERY_S)
     await desk.turn(PRUNE_PAUSE_S)
     desk.place.has_more = False
     await desk.turn(PRUNE_PAUSE_S)
@@ -444,21 +455,115 @@ async def test_old_records_go_in_small_steps_and_then_daily() -> None:
     now_s = desk.harness.clock.wall()
     # The longest that anyone wants holds.
     assert desk.place.pruned_before[-1] == now_s - 7 * 86_400
-    assert desk.place.pruned_before[0] == pytest.approx(now_s - 31 * 86_400, abs=100)
+    assert desk.place.pruned_before[0] == pytest.approx(now_s - 30 * 86_400 - 3600, abs=100)
     await desk.ledger.close()
 
 
-async def test_a_failed_pruning_is_told_and_tried_the_next_day(
+async def test_a_failed_pruning_is_told_and_tried_an_hour_later(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     desk = Desk()
     desk.ledger.join(7)
     desk.place.failure = OSError("no")
-    await desk.turn(PRUNE_FIRST_S)
-    assert [each.message for each in caplog.records] == ["ledger_not_pruned"]
+    await desk.turn(PRUNE_EVERY_S)
+    assert "ledger_not_pruned" in [each.message for each in caplog.records]
     await desk.turn(PRUNE_EVERY_S)
     assert len(desk.place.pruned_before) == 2
     await desk.ledger.close()
+
+
+async def test_a_clock_that_is_a_year_ahead_prunes_nothing() -> None:
+    desk = Desk()
+    desk.ledger.join(7)
+    clock = desk.harness.clock
+    clock._wall += 365 * 86_400
+    await desk.turn(PRUNE_EVERY_S)
+    assert desk.place.pruned_before == []
+    clock._wall -= 365 * 86_400
+    await desk.turn(PRUNE_EVERY_S)
+    assert desk.place.pruned_before == []  # which of the two was right, nobody knows yet
+    for _ in range(int(DOUBT_S / PRUNE_EVERY_S)):
+        await desk.turn(PRUNE_EVERY_S)
+    assert desk.place.pruned_before == [clock.wall() - 7 * 86_400]
+    await desk.ledger.close()
+
+
+async def test_nothing_is_pruned_in_the_first_hour_when_the_clock_may_not_be_set_yet() -> None:
+    desk = Desk()
+    desk.ledger.join(7)
+    await desk.turn(PRUNE_EVERY_S - 1)
+    assert desk.place.pruned_before == []
+    await desk.turn(1)
+    assert len(desk.place.pruned_before) == 1
+    await desk.ledger.close()
+
+
+async def test_records_of_an_hour_ago_are_merged_in_steps_and_then_every_ten_minutes() -> None:
+    desk = Desk()
+    desk.ledger.join(7)
+    desk.ledger.join(7)
+    desk.place.has_more = True
+    await desk.turn(MERGE_FIRST_S - 1)
+    assert desk.place.merged_before == []
+    await desk.turn(1)
+    assert desk.place.merged_before == [desk.harness.clock.wall() - MERGE_AFTER_S]
+    await desk.turn(MERGE_PAUSE_S)
+    desk.place.has_more = False
+    await desk.turn(MERGE_PAUSE_S)
+    assert len(desk.place.merged_before) == 3
+    await desk.turn(MERGE_EVERY_S - 1)
+    assert len(desk.place.merged_before) == 3
+    await desk.turn(1)
+    assert desk.place.merged_before[3:] == [desk.harness.clock.wall() - MERGE_AFTER_S]
+    await desk.ledger.close()
+
+
+async def test_a_failed_merge_is_told_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk()
+    desk.ledger.join(7)
+    desk.place.failure = OSError("no")
+    desk.place.has_more = True
+    await desk.turn(MERGE_FIRST_S)
+    told: list[Any] = [each for each in caplog.records if each.message == "ledger_not_merged"]
+    assert [each.error for each in told] == ["no"]
+    await desk.turn(MERGE_EVERY_S - 1)
+    assert len(desk.place.merged_before) == 1
+    await desk.turn(1)
+    assert len(desk.place.merged_before) == 2
+    await desk.ledger.close()
+
+
+async def test_nothing_is_pruned_or_merged_where_no_chain_has_a_ledger_or_after_the_end() -> None:
+    desk = Desk()
+    desk.ledger.join(7)
+    desk.ledger.leave(7)
+    await desk.turn(MERGE_FIRST_S)
+    assert (desk.place.pruned_before, desk.place.merged_before) == ([], [])
+    desk.ledger.join(7)  # a reload brings it back
+    await desk.turn(PRUNE_EVERY_S)
+    assert [len(desk.place.pruned_before), len(desk.place.merged_before)] == [1, 1]
+    await desk.ledger.close()
+    desk.ledger.join(7)
+    assert desk.harness.clock._timers == []
+
+
+async def test_a_step_that_ends_after_the_ledger_begins_no_other() -> None:
+    desk = Desk()
+    held, go_on = asyncio.Event(), asyncio.Event()
+
+    async def merge(before_s: float) -> bool:
+        held.set()
+        await go_on.wait()
+        return True
+
+    desk.place.merge = merge  # type: ignore[method-assign]
+    desk.ledger.join(7)
+    desk.harness.clock.turn(MERGE_FIRST_S)
+    await held.wait()
+    await desk.ledger.close()
+    go_on.set()
+    await desk.harness.settled()
+    assert desk.harness.clock._timers == []
 
 
 async def test_records_are_kept_as_long_as_any_team_wants() -> None:

@@ -19,6 +19,7 @@ from filters.stores import memory_spending
 from filters.stores.memory_spending import (
     KEEP_S,
     LEASE_S,
+    PRUNE_EVERY_S,
     READ_S,
     SCHEMA,
     WRITE_S,
@@ -51,8 +52,7 @@ class Process:
     async def written(self) -> None:
         """Return once all that was counted is in the file."""
         self.spending._write()
-        assert self.database is not None
-        await self.database.ask(lambda connection: None)
+        await self.harness.settled()
 
     async def looked(self) -> None:
         """Return once it has looked at the file again."""
@@ -208,6 +208,7 @@ async def test_it_is_written_a_moment_later_whoever_asks(start: Start, clock: Fa
     process = await start()
     reserve(process.spending.purse([DAY]), 600).settle([500])
     clock.turn(WRITE_S)
+    await process.harness.settled()
     assert process.database is not None
     read = "SELECT spent, reserved FROM spending"
     assert await process.database.ask(lambda c: c.execute(read).fetchall()) == [(500, 0)]
@@ -280,30 +281,69 @@ async def test_reservations_of_one_that_lives_do_not(start: Start, clock: FakeCl
     assert await other.spending.purse([DAY]).levels() == [Level(0, 100)]
 
 
-async def test_what_could_not_be_written_is_written_with_the_next(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+async def test_what_could_not_be_written_is_written_later_though_nothing_changes_any_more(
+    start: Start, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = await start()
-    purse = process.spending.purse([DAY])
-    with monkeypatch.context() as full:
-        full.setattr(process.database, "post", lambda work: False)
-        reserve(purse, 300).settle([200])
-        process.spending._write()
-    reserve(process.spending.purse([MONTH]), 1).settle([1])
-    await process.written()
-    other = await start()
-    assert await other.spending.purse([DAY, MONTH]).levels() == [Level(200, 0), Level(1, 0)]
-
-
-async def test_what_is_long_over_is_deleted(start: Start, clock: FakeClock) -> None:
-    first = await start()
-    reserve(first.spending.purse([DAY, MONTH]), 300, 300)
-    await first.close()
-    clock.turn(3600 + KEEP_S + 1)
-    process = await start()
     assert process.database is not None
-    read = "SELECT account FROM spending"
-    assert await process.database.ask(lambda c: c.execute(read).fetchall()) == [(MONTH.key,)]
+    rename = "ALTER TABLE {} RENAME TO {}".format
+    await process.database.ask(lambda c: c.execute(rename("spending", "away")))
+    reserve(process.spending.purse([DAY]), 300).settle([200])
+    for _ in range(3):
+        await process.written()
+    assert [each.message for each in caplog.records] == ["budgets_not_written"]
+    await process.database.ask(lambda c: c.execute(rename("away", "spending")))
+    clock.turn(READ_S)
+    await process.harness.settled()
+    clock.turn(WRITE_S)
+    await process.harness.settled()
+    other = await start()
+    assert await other.spending.purse([DAY]).levels() == [Level(200, 0)]
+
+
+async def test_a_write_that_is_cancelled_is_made_when_it_closes(start: Start) -> None:
+    process = await start()
+    reserve(process.spending.purse([DAY]), 300).settle([200])
+    process.spending._write()
+    await process.close()
+    other = await start()
+    assert await other.spending.purse([DAY]).levels() == [Level(200, 0)]
+
+
+async def test_what_is_long_over_is_deleted_while_the_process_lives(
+    start: Start, clock: FakeClock
+) -> None:
+    process = await start()
+    spending = process.spending
+    reserve(spending.purse([DAY, MONTH]), 300, 300).settle([300, 300])
+    await process.written()
+    clock.turn(3600 + KEEP_S - PRUNE_EVERY_S + 1)
+    await process.harness.settled()
+    assert await accounts(process) == [DAY.key, MONTH.key]  # late calls may still be settled
+    clock.turn(PRUNE_EVERY_S)
+    await process.harness.settled()
+    assert await accounts(process) == [MONTH.key]
+    assert list(spending._sums) == [MONTH.key]
+
+
+async def test_a_clock_that_is_a_year_ahead_deletes_no_budget(
+    start: Start, clock: FakeClock
+) -> None:
+    process = await start()
+    purse = process.spending.purse([DAY, MONTH])
+    reserve(purse, 300, 300).settle([300, 300])
+    await process.written()
+    clock._wall += 365 * 86_400
+    clock.turn(PRUNE_EVERY_S)
+    await process.harness.settled()
+    assert await accounts(process) == [DAY.key, MONTH.key]
+    assert list(process.spending._sums) == [DAY.key, MONTH.key]
+    await process.close()
+    late = await start()  # the clock is wrong from the start, and set a moment later
+    clock._wall -= 365 * 86_400
+    clock.turn(PRUNE_EVERY_S)
+    await late.harness.settled()
+    assert await accounts(late) == [DAY.key, MONTH.key]
 
 
 async def test_a_file_that_cannot_be_read_is_told_once_and_calls_go_on(
@@ -327,6 +367,14 @@ async def test_loading_again_does_nothing(start: Start) -> None:
     timer = process.spending._read_timer
     await process.spending.load()
     assert process.spending._read_timer is timer
+
+
+async def accounts(process: Process) -> list[str]:
+    """Whose rows are in the file."""
+    assert process.database is not None
+    read = "SELECT account FROM spending ORDER BY account"
+    rows = await process.database.ask(lambda connection: connection.execute(read).fetchall())
+    return [account for (account,) in rows]
 
 
 async def test_closing_while_it_reads_leaves_nothing(start: Start) -> None:
@@ -405,5 +453,6 @@ async def test_many_settlements_are_few_transactions(start: Start, clock: FakeCl
     for _ in range(500):
         reserve(purse, 1).settle([1])
     clock.turn(WRITE_S)
+    await process.harness.settled()
     await process.database.ask(lambda connection: connection.set_trace_callback(None))
     assert len([each for each in begun if each.startswith("INSERT")]) == 1

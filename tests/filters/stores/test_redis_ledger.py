@@ -41,7 +41,11 @@ class Shared:
 
     async def write(self, *records: Record, keep_days: int = 90) -> None:
         await self.redis.run(NOTHING, [])  # once it answers, it is there
-        await self.ledger.write(records, keep_days)
+        minutes: dict[int, list[Record]] = {}
+        for each in records:
+            minutes.setdefault(int(each.time_s) // MINUTE_S, []).append(each)
+        for of_one in minutes.values():
+            await self.ledger.write(of_one, keep_days)
 
     def read(self, query: Query = HOUR) -> list[Line]:
         return list(read_redis(self.address, query))
@@ -132,6 +136,16 @@ async def test_sums_end_by_themselves_and_never_earlier_than_anyone_wants(
     assert not await shared.ledger.prune(NOON_S)
 
 
+async def test_one_write_is_of_one_minute_so_that_an_answer_speaks_for_all_of_it(
+    shared: Shared,
+) -> None:
+    await shared.write(record())
+    with pytest.raises(AssertionError, match="several minutes"):
+        await shared.ledger.write([record(), record(time_s=NOON_S + MINUTE_S)], 90)
+    (line,) = shared.read()
+    assert line.sums[0] == 1
+
+
 async def test_groups_that_the_server_lost_are_told_again(
     shared: Shared, valkey: Valkey, prefix: str
 ) -> None:
@@ -150,6 +164,15 @@ async def test_what_an_upstream_or_a_caller_makes_up_can_be_written(shared: Shar
     (line,) = shared.read()
     assert line.names == ("?:|\0",)
     assert line.sums[2] == 50 * 10**12
+
+
+async def test_thousands_of_absurd_costs_in_one_minute_stop_nobody_s_sums(shared: Shared) -> None:
+    dear = record(cost=Cost(Decimal("1e40"), "USD"))
+    for _ in range(3):
+        await shared.write(*[dear] * 3000)
+    await shared.write(record(model="honest", cost="2"))
+    costs = {line.names: line.cost for line in shared.read()}
+    assert costs == {("gpt",): 9_000_000, ("honest",): 2}
 
 
 async def test_what_is_smaller_than_its_unit_is_rounded(shared: Shared) -> None:

@@ -17,7 +17,7 @@ from filters.stores.memory_spending import MemorySpending
 from filters.stores.redis import LEASE_S, Done, Redis, Script, StoreDown
 from filters.stores.redis_spending import BEATS_AFTER, SLOW_BEATS, RedisHeld, RedisSpending
 from filters.stores.rules import WhenDown
-from filters.stores.spending import Account, Crossed, Held, Level, Line
+from filters.stores.spending import MOST, Account, Crossed, Held, Level, Line
 from sidecar.api import CallFilter, Rejected, Secret
 from sidecar.metrics import Metrics
 from tests.support.harness import FakeClock, Harness
@@ -307,6 +307,33 @@ async def test_what_is_told_twice_counts_once(desk: Desk) -> None:
         replica.spending._beat()
     await replica.flush()
     assert await replica.level() == Level(200, 0)
+
+
+async def test_an_amount_that_cannot_be_counted_fills_its_account_and_stops_no_other(
+    desk: Desk,
+) -> None:
+    one, other = desk.replica(), desk.replica()
+    (await one.hold(10, 10, accounts=[DAY, MONTH])).settle([2**64 - 1, 7])
+    await one.flush()
+    assert await other.level(DAY) == Level(MOST, 0)
+    assert isinstance(await other.reserve(1), Crossed)
+    assert await other.level(MONTH) == Level(7, 0)
+    (await one.hold(1, 1, accounts=[DAY, MONTH], lines=[])).settle([1, 5])
+    one.spending._beat()
+    await one.flush()
+    assert await other.level(MONTH) == Level(12, 0)
+    assert (await other.level(DAY)).spent >= MOST
+
+
+async def test_what_a_replica_told_is_in_the_sum_even_if_the_sum_could_not_take_it_at_once(
+    desk: Desk,
+) -> None:
+    replica = desk.replica()
+    key = f"{desk.prefix}:spent:{DAY.key}"
+    desk.valkey.command("HSET", key, "total", "9223372036854775807")
+    (await replica.hold(0, lines=[])).settle([5])
+    await replica.flush()
+    assert await replica.level() == Level(MOST, 0)
 
 
 async def test_a_beat_does_not_give_back_what_is_just_being_reserved(desk: Desk) -> None:

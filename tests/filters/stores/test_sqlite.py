@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,37 @@ async def test_two_have_the_same_file_open(tmp_path: Path) -> None:
     await one.close()
     assert await other.ask(count) == 400
     await other.close()
+
+
+async def test_a_file_that_another_process_is_just_making_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+    maker.execute("BEGIN IMMEDIATE")  # then the switch to WAL fails at once
+    paused: list[float] = []
+
+    def pause(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 3:
+            maker.execute("COMMIT")
+
+    monkeypatch.setattr(time, "sleep", pause)
+    database = Database(tmp_path / "a.db", SCHEMA)
+    assert len(paused) == 3
+    assert await database.ask(count) == 0
+    await database.close()
+    maker.close()
+
+
+def test_a_file_that_stays_locked_is_told_after_the_time_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_S", 0.02)
+    maker = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+    maker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(OSError, match="database is locked"):
+        Database(tmp_path / "a.db", SCHEMA)
+    maker.close()
 
 
 async def test_file_and_directory_are_this_user_s_only(tmp_path: Path) -> None:
