@@ -28,14 +28,49 @@ _FENCE = re.compile(r"[ \t]*(`{3,}(?=[^`]*$)|~{3,})").match
 _FENCE_MARKS = ("```", "~~~")
 _DEEP = re.compile(r" {0,3}\t| {4}").match
 _WHITE = (" ", "\t", "\r")
-_SPECIAL = ("", *_WHITE, "`", "~", ">")
+_WHITE_CHARS = " \t\r\n"
+_SPECIAL = ("", *_WHITE, "`", "~", ">", "-")
 """How lines begin that are looked at more closely."""
-_RUN = re.compile(" {2,}").sub
-_HAS_QUOTES = re.compile("[\"'`“]").search
-_RUN_OR_QUOTED = re.compile(r"""(`+[^`]*`+|"[^"]*"|“[^”]*”|(?<!\w)'[^']*'(?!\w))| {2,}""").sub
-_RUNS = re.compile(r" {2,}(?=[^ \r\n])").findall
+_QUOTED_OR_REMOVED = re.compile(r" *>|-(?! [^ ])").match
+"""A line that somebody else wrote, or one that a patch takes out: `-x`, but no `- x` of a list."""
+
 _DATA_STARTS = ("<?xml", "<!doctype", "<svg", "diff --git ", "-----begin ", "data:")
-_DATA_LINE = re.compile(r"^(?:@@ -|diff --git |-----BEGIN )", re.MULTILINE).search
+_DATA_LINE = re.compile(
+    r"^(?:@@ -|diff --git |-----BEGIN |--- \S|\+|<<<<<<<|< )", re.MULTILINE
+).search
+"""Of keys, and of what `diff` and `git` write in any of their formats."""
+_BLOCK = re.compile(
+    r"""'{3} | "{3}                                                     # of many languages
+    | <(?:pre|code|textarea|script|style|listing|xmp)\b | <!\[CDATA\[
+    | \\begin\{
+    | <<[-~]?["'\\]?\w                                                  # a shell's
+    | (?:\w["']?:|^[ ]*-)[ ]+(?:[!&]\S+[ ]+)?[|>][-+\d]*[ ]*(?:\#.*)?\r?$ # YAML's
+    | ::\r?$                                                            # reStructuredText's
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+).search
+"""Where a block begins inside of which white space matters, or may be shown to a reader."""
+
+_RUNS = re.compile(r" {2,}(?=[^ \r\n])").findall
+_HEAD = re.compile(r" *(?:(?:[-*+•]|\w{1,9}[.)]) +)?").match
+"""What says how deep a line stands: its indent, and the mark of a list with the spaces behind."""
+_RULE_OR_QUOTED = re.compile(r"^(?:---| *>)", re.MULTILINE).search
+
+_PAIRS = r"""
+    (?<!`)(?P<ticks>`{1,2})[^`\n]+(?P=ticks)(?!`)
+    | (?<![\w"#])"(?!\s)[^"\\\n]+(?<!\s)"(?![\w"#])
+    | (?<![\w'])'(?!\s)[^'\\\n]+(?<!\s)'(?![\w'])
+    | “[^“”„\n]*” | „[^„“”\n]*[“”] | ‘[^‘’\n]*’(?!\w) | ‚[^‚‘’\n]*[‘’](?!\w)
+    | «[^«»\n]*» | ‹[^‹›\n]*› | 「[^「」\n]*」 | 『[^『』\n]*』
+"""
+_PAIR = re.compile(_PAIRS, re.VERBOSE).sub
+"""What clearly stands in quotes, on one line."""
+_RUN_OR_PAIR = re.compile(rf"(?P<pair>{_PAIRS})|[ ]{{2,}}", re.VERBOSE).sub
+_MARK = re.compile(
+    r"""["`“”„‟«»‹›‘‚‛「」『』]|(?!(?:(?<=\w\w)(?<!\b[bfru][bfr8])|(?<=\bI)).\w)['’]""",
+    re.IGNORECASE,
+).search
+"""A quotation mark, which an apostrophe within a word is not; that of `f'a'` is one."""
 
 
 # Where they stand
@@ -94,8 +129,8 @@ def _content(content: Any, change: Change) -> Any:
         return content
     texts = [part["text"] for part in content if _is_text(part)]
     is_only = len(texts) == 1
-    if not is_only and any(mark in text for text in texts for mark in _FENCE_MARKS):
-        return content  # code may begin in one and end in another
+    if not is_only and any(map(_may_run_on, texts)):
+        return content
     return _each(content, lambda part: _part(part, change, is_only))
 
 
@@ -105,6 +140,15 @@ def _part(part: Any, change: Change, is_only: bool) -> Any:
     text = part["text"]
     new = change(text, is_only)
     return part if new is text else {**part, "text": new}
+
+
+def _may_run_on(text: str) -> bool:
+    """May code or data begin in this part, and end in another?"""
+    return (
+        any(mark in text for mark in _FENCE_MARKS)
+        or _BLOCK(text) is not None
+        or _DATA_LINE(text) is not None
+    )
 
 
 def _is_text(part: Any) -> bool:
@@ -140,15 +184,19 @@ def _is_same(one: object, other: object) -> bool:
 def squeeze(text: str, is_whole: bool = True) -> str:
     """`text` without redundant white space; `text` itself when there is none, or it may be data.
 
-    Goes: spaces and tabs at the ends of lines, carriage returns there, all but one of several
-    spaces inside a line, all but one of several blank lines; when `is_whole`, blank lines at the
-    beginning and white space at the end. Stays: how a line is indented, code between fences,
-    indented by four spaces or a tab, or between back quotes, what stands in quotes, quoted lines
-    (`>`), lines with tabs inside, patches, and whole texts of JSON or XML.
+    Goes: spaces and tabs at the ends of lines, but for two spaces (Markdown's line break), carriage
+    returns there, all but one of several blank lines. When `is_whole`, also blank lines at the
+    beginning, white space at the end, and all but one of several spaces inside the only line that
+    has any, if no line stands right above or below it: else they may be columns.
+
+    Stays: how a line is indented, code between fences, indented by four spaces or a tab, quoted
+    lines (`>`), lines with tabs inside or with a quotation mark that is not clearly one of a pair
+    on that line, what stands in quotes on one line, and everything from the beginning of a block
+    that may hold code. Whole texts stay that are JSON or XML, or hold a patch.
     """
     if not _has_redundant(text) or len(text) > MAX_CHARS or _is_data(text):
         return text
-    squeezed = _squeeze_lines(text.split("\n"), is_whole)
+    squeezed = _squeeze_lines(text, is_whole)
     return squeezed if squeezed and squeezed != text else text
 
 
@@ -187,18 +235,29 @@ def _is_data(text: str) -> bool:
     return _DATA_LINE(text) is not None
 
 
-def _squeeze_lines(lines: list[str], is_whole: bool) -> str:
+def _squeeze_lines(text: str, is_whole: bool) -> str:
+    lines = text.split("\n")
+    block = _BLOCK(text)
+    begin = len(lines) if block is None else text.count("\n", 0, block.start())
+    last = text.rstrip(_WHITE_CHARS).count("\n") if is_whole else len(lines)
     kept: list[str] = []
     blank: list[str] = []  # lines since the last one with anything on it
     fence = ""  # what the code began with that we are in
     is_code = False  # the last line with anything on it is indented code
+    runs: list[tuple[int, int]] = []  # lines with several spaces inside: where kept, and number
     for number, line in enumerate(lines):
         if fence:
             kept.append(line)
             if _closes(line, fence):
                 fence = ""
             continue
-        if not blank and line[:1] not in _SPECIAL and "  " not in line and line[-1] not in _WHITE:
+        if (
+            not blank
+            and line[:1] not in _SPECIAL
+            and "  " not in line
+            and line[-1] not in _WHITE
+            and number < begin
+        ):
             is_code = False
             kept.append(line)  # nearly every line
             continue
@@ -214,16 +273,22 @@ def _squeeze_lines(lines: list[str], is_whole: bool) -> str:
                 kept.append("")
             blank = []
         found = _FENCE(line)
+        if number >= begin or (found is not None and is_code):
+            kept += lines[number:]  # a fence in a list, or code that shows one: where does it end?
+            return "\n".join(kept)
         if found is not None:
-            if is_code:  # of a list item, or code that shows a fence: nobody knows where it ends
-                kept += lines[number:]
-                return "\n".join(kept)
             fence = found[1]
             kept.append(line)
         elif is_code:
             kept.append(line)
         else:
-            kept.append(_squeeze_line(line, bare))
+            if "  " in bare.lstrip(" "):
+                runs.append((len(kept), number))
+            kept.append(_squeeze_end(line, bare, number < last))
+    if is_whole and len(runs) == 1:
+        ((place, number),) = runs
+        if _is_alone(lines, number) and _RULE_OR_QUOTED(text) is None:
+            kept[place] = _squeeze_runs(kept[place], lines[: number + 1])
     if not is_whole:
         if not blank and not fence and kept:
             kept[-1] = kept[-1].rstrip(" \t\r") + _end_of(lines[-1])
@@ -240,19 +305,35 @@ def _closes(line: str, fence: str) -> bool:
     return len(bare) >= len(fence) and bare == fence[0] * len(bare) and _DEEP(line) is None
 
 
-def _squeeze_line(line: str, bare: str) -> str:
+def _squeeze_end(line: str, bare: str, goes_on: bool) -> str:
     """One line of prose; `bare` is `line` without the white space at its end."""
-    text = bare.lstrip(" ")
-    if text[0] == ">" or "\t" in text:
+    if len(bare) == len(line) or _QUOTED_OR_REMOVED(line) or "\t" in bare or "\r" in bare:
         return line
-    if "  " not in text:
-        return bare
-    if text.count('"') % 2 or text.count("`") % 2 or ('"' in text and "\\" in text):
-        return bare  # what is inside of the quotes, and what outside?
-    if _HAS_QUOTES(text) is None:  # a quarter of the time
-        return bare[: len(bare) - len(text)] + _RUN(" ", text)
-    return bare[: len(bare) - len(text)] + _RUN_OR_QUOTED(_one_space, text)
+    if _is_quote_open(line):
+        return line
+    return bare + "  " if goes_on and line.rstrip("\r").endswith("  ") else bare
+
+
+def _is_quote_open(text: str) -> bool:
+    """Is there a quotation mark in it that is not clearly one of a pair?"""
+    return _MARK(text) is not None and _MARK(_PAIR(" ", text)) is not None
+
+
+def _is_alone(lines: list[str], number: int) -> bool:
+    return not any(map(str.strip, [*lines[max(number - 1, 0) : number], *lines[number + 1 :][:1]]))
+
+
+def _squeeze_runs(line: str, lines: list[str]) -> str:
+    """`line`, as it is kept of the last of `lines`, with one space for several inside."""
+    if _QUOTED_OR_REMOVED(line) or "\t" in line.rstrip() or "\r" in line.rstrip():
+        return line
+    if _is_quote_open("\n".join(lines)):
+        return line  # does it stand inside, or outside?
+    found = _HEAD(line)
+    head = "" if found is None else found[0]
+    bare = line.rstrip(" ")
+    return head + _RUN_OR_PAIR(_one_space, bare[len(head) :]) + line[len(bare) :]
 
 
 def _one_space(found: re.Match[str]) -> str:
-    return found[1] or " "
+    return found["pair"] or " "

@@ -16,8 +16,8 @@ TOKENS = "llm_sidecar_prompt_saver_tokens_saved"
 CHARS = "llm_sidecar_prompt_saver_chars_saved"
 
 CHAT = "/v1/chat/completions"
-WIDE = "Some    words,\n\n\n\nmore   words.  \n"
-NARROW = "Some words,\n\nmore words."
+WIDE = "Some    words,\n\n\n\nmore words. \nAnd more.\n\n\n"
+NARROW = "Some words,\n\nmore words.\nAnd more."
 
 
 def user(content: Any, **fields: Any) -> dict[str, Any]:
@@ -51,9 +51,9 @@ async def test_what_was_saved_is_reported() -> None:
 
 async def test_a_large_body_is_worked_on_beside_the_other_calls() -> None:
     async with Harness(PromptSaver) as harness:
-        done = await run(harness, user(f"{WIDE}\n" * 2000))
-        assert orjson.loads(sent(harness)) == user("\n\n".join([NARROW] * 2000))
-        assert int(done.client.headers[HEADER]) == harness.value(TOKENS, team="tests") > 5000
+        done = await run(harness, user("Some words, \nmore words.\n\n\n\n" * 3000))
+        assert orjson.loads(sent(harness)) == user("\n\n".join(["Some words,\nmore words."] * 3000))
+        assert int(done.client.headers[HEADER]) == harness.value(TOKENS, team="tests") > 3000
 
 
 async def test_a_body_with_nothing_to_save_passes_as_the_very_bytes_that_came() -> None:

@@ -2,13 +2,14 @@
 
 Source: Alibaba Cloud Model Studio, DashScope API reference, Text generation. Frames hold either the
 text so far or what is new of it, as the request has asked (`incremental_output`), and do not say
-which. So they are told apart by the texts, and refused when those could be either. For the same
+which. So they are told apart by the texts, the reasoning and the answer each for itself (models may
+say one in this way and the other in that), and refused when those could be either. For the same
 reason an answer becomes one frame: that one is right in both readings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,10 @@ MIN_GROWTHS = 3
 MIN_CHARS = 16
 """What makes sure that each text holds the one before it on purpose: it grew so often, and what is
 repeated is so long."""
+MAX_REPEATED_CHARS = 3
+"""Of a text that the next one begins with, in frames with what is new: more may be all so far."""
+CHANCE_CHARS = 3
+"""So much of a text a part may repeat by chance when the parts are what is new."""
 
 
 def whole(events: list[Event], usage: Usage | None) -> Fields:
@@ -67,19 +72,23 @@ def _finish(output: Fields) -> Any:
 def _join(last: Fields, outputs: list[Fields]) -> None:
     """Make `last` the output that all of them amount to."""
     said = [_said(output) for output in outputs]
-    thoughts, texts = ([each[place] for each in said] for place in (0, 1))
-    is_growing = _is_growing(thoughts) and _is_growing(texts)
-    thought, text = "".join(thoughts), "".join(texts)
-    if is_growing and (thoughts[-1], texts[-1]) != (thought, text):
-        lengths = [len(one) + len(other) for one, other in said]
-        grown = sum(after > before for before, after in pairwise(lengths))
-        need(grown >= MIN_GROWTHS and lengths[-2] >= MIN_CHARS)
-        return
-    _put(last, thought, text)
+    thoughts, texts = zip(*said, strict=True)
+    _put(last, _joined(thoughts), _joined(texts))
 
 
-def _is_growing(texts: list[str]) -> bool:
-    return all(after.startswith(before) for before, after in pairwise(texts))
+def _joined(frames: Sequence[str]) -> str:
+    """The text that `frames` amount to, whether they hold all so far or what is new."""
+    said = [text for text in frames if text]
+    if len(said) < 2:
+        return "".join(said)  # the same in both readings
+    repeated = [len(one) for one, other in pairwise(said) if other.startswith(one)]
+    if len(repeated) < len(said) - 1:
+        need(max(repeated, default=0) <= MAX_REPEATED_CHARS)
+        return "".join(said)
+    grown = sum(len(other) > len(one) for one, other in pairwise(said))
+    need(grown >= MIN_GROWTHS and repeated[-1] >= MIN_CHARS)
+    need(frames[-1] and "" not in frames[frames.index(said[0]) :])  # all so far never gets less
+    return said[-1]
 
 
 def _said(output: Fields) -> tuple[str, str]:

@@ -106,7 +106,7 @@ def test_texts_are_as_they_came_unless_asked() -> None:
     [
         ("caf\u00e9", "cafe\u0301"),
         ("a b", "a   b"),
-        ("a\nb", "a  \r\nb"),
+        ("a\nb", "a \r\nb"),
         ("a\nb", "a\rb"),
         ("a", "a \n\n"),
         ("a\n\nb", "a\n\n\n\nb"),

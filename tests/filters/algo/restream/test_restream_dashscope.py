@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -77,6 +78,47 @@ def test_texts_that_could_be_either_are_refused() -> None:
     assert whole(plain("ha"), plain("haha"), plain("hahaha", "stop")) is None
 
 
+def test_reasoning_so_far_does_not_make_the_answer_so_far_one_of_pieces() -> None:
+    """Reasoning that ends with nothing could be in pieces; joined, it would be said twice."""
+    found = whole(
+        message("", reasoning_content="Let me think"),
+        message("", reasoning_content="Let me think about it"),
+        *(message(text, reasoning_content="") for text in SO_FAR),
+        message(TEXT, "stop", reasoning_content=""),
+    )
+    assert found is None
+
+
+def test_reasoning_in_pieces_beside_an_answer_so_far_is_told_apart_from_it() -> None:
+    found = whole(
+        message("", reasoning_content="Let me "),
+        message("", reasoning_content="think."),
+        *(message(text, reasoning_content="") for text in SO_FAR),
+        message(TEXT, "stop", reasoning_content=""),
+    )
+    assert found == message(TEXT, "stop", reasoning_content="Let me think.")
+
+
+def test_an_answer_in_pieces_beside_reasoning_so_far_is_told_apart_from_it() -> None:
+    found = whole(
+        *(message("", reasoning_content=text) for text in SO_FAR),
+        *(message(piece, reasoning_content=TEXT) for piece in ("Yes", ", it", " is")),
+        message("", "stop", reasoning_content=TEXT),
+    )
+    assert found == message("Yes, it is", "stop", reasoning_content=TEXT)
+
+
+def test_a_frame_that_holds_the_one_before_it_among_others_that_do_not_is_refused() -> None:
+    assert (
+        whole(plain("Hello wor\ufffd"), plain("Hello world"), plain("Hello world!", "stop")) is None
+    )
+    assert whole(plain("Yes"), plain("    "), plain("    x", "stop")) is None
+
+
+def test_short_pieces_may_repeat_by_chance() -> None:
+    assert whole(plain("ha"), plain("hah"), plain("!", "stop")) == plain("hahah!", "stop")
+
+
 def test_a_single_frame_is_the_answer() -> None:
     assert whole(message("Yes", "stop", tool_calls=[{"index": 0}])) == (
         message("Yes", "stop", tool_calls=[{"index": 0}])
@@ -118,8 +160,14 @@ def test_an_answer_that_is_not_finished_is_no_stream(output: Any) -> None:
 def test_what_is_new_is_joined_rightly_or_refused(pieces: list[str]) -> None:
     found = whole(*map(plain, pieces), plain("", "stop"))
     assert found in (plain("".join(pieces), "stop"), None)
-    if pieces[-1]:  # the last frame takes it back, were it all so far
-        assert found is not None
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=3), min_size=2))
+def test_pieces_too_short_to_mean_the_text_so_far_are_joined_unless_all_grow(
+    pieces: list[str],
+) -> None:
+    if not all(after.startswith(before) for before, after in pairwise(pieces)):
+        assert whole(*map(plain, pieces), plain("", "stop")) == plain("".join(pieces), "stop")
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=20), min_size=1))
