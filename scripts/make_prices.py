@@ -67,6 +67,7 @@ RATES = {
     "output": "output_cost_per_token",
     "reasoning": "output_cost_per_reasoning_token",
 }
+WRITES = ("cache_write", "cache_write_1h")
 _ABOVE = re.compile(r"(?P<rate>\w+?)_above_(?P<thousands>\d+)k_tokens").fullmatch
 
 
@@ -111,8 +112,18 @@ def collect(theirs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                     continue
                 entry = entry_of(model, has_modes=provider == "dashscope")
                 if entry is not None:
+                    if "claude" in name:
+                        _price_an_hour(entry)
                     found.setdefault(f"{provider}/{own_name(name)}", entry)
     return found
+
+
+def _price_an_hour(entry: dict[str, Any]) -> None:
+    """What is written to Anthropic's cache for an hour costs what two inputs do (Anthropic API
+    reference, prompt caching): some of their entries for other clouds leave it out."""
+    for each in (entry, *entry.get("tiers", ())):
+        if "cache_write" in each and "input" in each:
+            each.setdefault("cache_write_1h", _decimal(2 * Decimal(each["input"])))
 
 
 def own_name(name: str) -> str:
@@ -185,17 +196,18 @@ def _off_peak(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rates(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Rates of ours from costs of one token. Nobody writes a cache for nothing: where that is said,
-    it costs what input does."""
+    """Rates of ours from costs of one token. Nobody writes a cache for less than input costs: where
+    that is said, it is another rate by mistake, and left out."""
     found = {
         ours: _per_million(row[theirs])
         for ours, theirs in RATES.items()
         if isinstance(row.get(theirs), int | Decimal)
     }
+    least = Decimal(found.get("input", 0))
     return {
         name: rate
         for name, rate in found.items()
-        if rate != "0" or name not in ("cache_write", "cache_write_1h")
+        if name not in WRITES or (rate != "0" and Decimal(rate) >= least)
     }
 
 

@@ -1,5 +1,5 @@
 """Five thousand calls of every kind, and books that must agree: what the provider told, what the
-ledger has, and what callers found in their answers."""
+ledger and the budgets have, and what callers found in their answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,9 +21,13 @@ import orjson
 import pytest
 import uvloop
 
+from filters.algo.estimate import tokens_of
+from filters.algo.tokens import Vocabularies
+from sidecar.mock.content import default_text
 from tests.support.accounts import (
     CHAT,
     EMBEDDINGS,
+    MAX_TOKENS,
     MESSAGES,
     Answer,
     Ask,
@@ -41,6 +46,9 @@ EVENTS = {CHAT: 10, MESSAGES: 12}
 """Of a whole stream with six content events, `[DONE]` and the event with usage included."""
 USAGE_AT = 9
 """The event of chat completions that has it."""
+
+NEAR = 0.35
+"""Two ways to count the tokens of a few words without their tokenizer differ by no more."""
 
 FLAKY = """
 - {match: {model: "*-flaky"}, share: 0.10, status: 503}
@@ -64,6 +72,8 @@ PRICES = {  # for a million tokens
     "embed": ("0.02", "0", "USD"),
 }
 
+DOLLARS_A_YUAN = Decimal("0.125")
+
 CONFIG = """
 listen: 127.0.0.1:0
 admin: 127.0.0.1:0
@@ -80,7 +90,9 @@ models:
 filters:
   retry: {{max_attempts: 4, base_s: 0.004, budget_share: 10, budget_min_per_s: 1000}}
   circuit_breaker: {{failure_threshold: 1000000}}
-  cost: {{prices: {prices}}}
+  cost: {{prices: {prices}, exchange: {{CNY: {dollars_a_yuan}}}}}
+  budget:
+    {{tokens_per_month: 1000000000, usd_per_month: 1000000, cny_per_month: 1000000, per: [team]}}
 chains:
   default:
     call:
@@ -102,7 +114,8 @@ def write_config(folder: Path, address: str) -> Path:
     path = folder / "config.yaml"
     log = folder / "access.log"
     pool = "{max_connections: 300}"
-    path.write_text(CONFIG.format(log=log, address=address, pool=pool, prices=json.dumps(prices)))
+    values = {"log": log, "address": address, "pool": pool, "prices": json.dumps(prices)}
+    path.write_text(CONFIG.format(**values, dollars_a_yuan=DOLLARS_A_YUAN))
     return path
 
 
@@ -277,6 +290,7 @@ SUMS = """SELECT team, model, status, outcome, cached, is_estimated, currency, S
     SUM(input_tokens), SUM(output_tokens), SUM(attempts) FROM calls GROUP BY 1, 2, 3, 4, 5, 6, 7"""
 REPORTED = """SELECT team, model, SUM(reported_input_tokens), SUM(reported_output_tokens),
     SUM(lost_input_tokens), SUM(lost_output_tokens) FROM calls GROUP BY 1, 2"""
+SPENT = "SELECT account, SUM(spent), SUM(reserved) FROM spending GROUP BY 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +344,8 @@ class Accounts:
     """As the ledger has them for calls that are alike."""
     reported: dict[tuple[str, str], tuple[int, int, int, int]]
     """By team and model: what the ledger has as reported, and as lost."""
+    budgets: dict[tuple[str, str], tuple[int, int]]
+    """By what is counted and team: spent, and still reserved."""
     usage: list[dict[str, Any]]
     """As `sidecar usage` prints it."""
 
@@ -366,6 +382,8 @@ async def made(folder: Path) -> Accounts:
     with closing(sqlite3.connect(folder / "state" / "ledger.db")) as ledger:
         sums = ledger.execute(SUMS).fetchall()
         reported = {(team, model): tuple(n) for team, model, *n in ledger.execute(REPORTED)}
+    with closing(sqlite3.connect(folder / "state" / "budgets.db")) as spending:
+        budgets = {_account(key): (spent, left) for key, spent, left in spending.execute(SPENT)}
     log = [orjson.loads(text) for text in (folder / "access.log").read_bytes().splitlines()]
     lines = [Line.of(fields) for fields in log if fields["endpoint"] != "models"]
     assert len({line.id for line in lines}) == len(lines)
@@ -384,8 +402,15 @@ async def made(folder: Path) -> Accounts:
         {line.id: line for line in lines},
         sums,
         reported,
+        budgets,
         json.loads(printed.out, parse_float=Decimal),
     )
+
+
+def _account(key: str) -> tuple[str, str]:
+    """What is counted, and the team, of `usd|month 2026-01-01|team=search`."""
+    kind, _, who = key.split("|")
+    return kind, who.removeprefix("team=")
 
 
 def test_ledger_has_what_the_provider_told_of_each_model(accounts: Accounts) -> None:
@@ -524,7 +549,7 @@ def test_cost_is_price_times_tokens_to_the_last_digit(accounts: Accounts) -> Non
         if line.cached:
             cost = Decimal(0)
         assert line.currency == currency
-        assert (line.cost > cost) == _gave_up(accounts, line), line
+        assert (line.cost > cost) == bool(_gave_up(accounts, line)), line
         assert line.cost >= cost
         lost[line.model] += line.cost - cost
         totals[line.model] += line.cost
@@ -539,11 +564,64 @@ def test_cost_is_price_times_tokens_to_the_last_digit(accounts: Accounts) -> Non
         assert bool(amount) == model.endswith("-flaky")
 
 
-def _gave_up(accounts: Accounts, line: Line) -> bool:
-    """Whether an attempt of it had no answer at all, and another one was made: the provider may
-    have worked on it, and its input is counted as lost."""
+def _gave_up(accounts: Accounts, line: Line) -> int:
+    """How many attempts of it had no answer at all, and another one was made: the provider may
+    have worked on them, and their input is counted as lost."""
     several = accounts.served.get(line.id, ())
-    return not line.cached and any(each.status is None for each in several[:-1])
+    return 0 if line.cached else sum(each.status is None for each in several[:-1])
+
+
+def test_lost_tokens_are_the_input_of_each_attempt_that_was_given_up_once(
+    accounts: Accounts,
+) -> None:
+    lost: Counter[tuple[str, str]] = Counter()
+    for line in accounts.lines.values():
+        if count := _gave_up(accounts, line):
+            lost[line.team, line.model] += count * tokens_of(accounts.asks[line.id].body)
+    counted = {key: lost_in for key, (_, _, lost_in, _) in accounts.reported.items() if lost_in}
+    assert counted == lost
+    assert sum(lost.values()) > 1000
+
+
+def test_output_that_is_estimated_is_near_to_what_the_provider_had_written(
+    accounts: Accounts,
+) -> None:
+    count = Vocabularies(0).local_count
+    counted: Counter[str] = Counter()
+    written: Counter[str] = Counter()
+    for line in accounts.lines.values():
+        if not line.is_estimated:
+            continue
+        ask, served = accounts.asks[line.id], accounts.last_served(line)
+        words = default_text(ask.text).split()
+        if not ask.is_stream and line.outcome != "completed":  # of the one body a part, or nothing
+            assert line.output <= (1 + NEAR) * count(line.model, " ".join(words[:MAX_TOKENS])), line
+            continue
+        counted[line.model] += line.output
+        # The first event of Anthropic's says 1.
+        told = served.told.output_tokens if served.told else 0
+        written[line.model] += max(told, count(line.model, " ".join(words[: served.sent])))
+    for model, tokens in written.items():
+        assert abs(counted[model] - tokens) <= NEAR * tokens, (counted, written)
+    assert min(written["gpt"], written["claude"]) > 1000
+
+
+def test_budgets_have_spent_what_the_ledger_has_and_nothing_is_left_reserved(
+    accounts: Accounts,
+) -> None:
+    """Money of each call is rounded up to a billionth."""
+    expected: Counter[tuple[str, str]] = Counter()
+    for (team, _), (_, _, lost_in, lost_out) in accounts.reported.items():
+        expected["tokens", team] += lost_in + lost_out
+    for team, _, _, _, cached, _, _, _, tokens_in, tokens_out, _ in accounts.sums:
+        if not cached:
+            expected["tokens", team] += tokens_in + tokens_out
+    for line in accounts.lines.values():
+        dollars = DOLLARS_A_YUAN if line.currency == "CNY" else 1
+        expected["usd", line.team] += ceil(line.cost * dollars * 10**9)
+        expected["cny", line.team] += ceil(line.cost * dollars / DOLLARS_A_YUAN * 10**9)
+    assert accounts.budgets == {key: (spent, 0) for key, spent in expected.items()}
+    assert len(expected) == 3 * len(TEAMS)
 
 
 def test_cost_in_the_head_of_an_answer_is_that_of_the_ledger(accounts: Accounts) -> None:

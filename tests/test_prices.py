@@ -209,6 +209,46 @@ def test_costs_of_a_token_become_rates_of_a_million() -> None:
     }
 
 
+def test_a_cache_is_never_written_for_less_than_the_input_costs() -> None:
+    for key, value in PRICES.items():
+        for entry in value if isinstance(value, list) else [value]:
+            for rates in (entry, *entry.get("tiers", ())):
+                every = {**entry, **rates}
+                least = Decimal(every["input"])
+                assert Decimal(every.get("cache_write", least)) >= least, key
+                assert Decimal(every.get("cache_write_1h", least)) >= least, key
+
+
+def test_a_write_that_is_cheaper_than_input_is_left_out_in_tiers_too() -> None:
+    model = {
+        "mode": "chat",
+        "input_cost_per_token": Decimal("2e-06"),
+        "cache_creation_input_token_cost": Decimal("1e-06"),
+        "output_cost_per_token": Decimal("6e-06"),
+        "input_cost_per_token_above_200k_tokens": Decimal("4e-06"),
+        "cache_creation_input_token_cost_above_200k_tokens": Decimal("2.5e-07"),
+    }
+    assert entry_of(model, has_modes=False) == {
+        "input": "2",
+        "output": "6",
+        "tiers": [{"above_input_tokens": 200_000, "input": "4"}],
+    }
+
+
+def test_an_hour_in_anthropic_s_cache_costs_two_inputs_wherever_it_runs() -> None:
+    checked = 0
+    for key, entry in PRICES.items():
+        if "claude" in key:
+            for rates in (entry, *entry.get("tiers", ())):
+                if "cache_write" in rates:
+                    assert Decimal(rates["cache_write_1h"]) == 2 * Decimal(rates["input"]), key
+                    checked += 1
+    assert checked > 100
+    written = Usage(1_000_000, cache_write=1_000_000, cache_write_1h=1_000_000)
+    key = "bedrock/us.anthropic.claude-3-7-sonnet-20250219-v1:0"
+    assert price_of(key).amount(written) == price_of(key).amount(Usage(2_000_000))
+
+
 def test_ranges_become_tiers_above_the_first_one() -> None:
     def row(start: int, cost: str) -> dict[str, Any]:
         costs = {"input_cost_per_token": Decimal(cost), "output_cost_per_token": Decimal(cost)}

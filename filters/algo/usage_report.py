@@ -43,8 +43,11 @@ NOTHING = Decimal(0)
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _SPAN = re.compile(r"([0-9]{1,9})([smhdw])").fullmatch
-_RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
-"""What a field must not begin with (OWASP, CSV injection)."""
+_RUN_BY_SPREADSHEETS = re.compile(
+    r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]|\s+[=+\-@\uff1d\uff0b\uff0d\uff20]"
+).match
+"""What a field must not begin with (OWASP, CSV injection): as it is, behind white space that a
+spreadsheet drops, and in the wide form of Chinese and Japanese keyboards."""
 
 Name = str | int
 
@@ -187,7 +190,10 @@ def _by_time(row: Row) -> tuple[str, tuple[bool, Decimal, list[str], str]]:
 
 
 def as_json(found: Report) -> str:
-    """An array with one object a line. Money is a number with all its digits, never a float's."""
+    """An array with one object a line. Money is a number with all its digits, never a float's.
+
+    Characters that cannot be seen are written as `\\u001b` and the like.
+    """
     objects = (
         ", ".join(
             f"{json.dumps(name)}: {_json(value)}"
@@ -199,7 +205,10 @@ def as_json(found: Report) -> str:
 
 
 def as_csv(found: Report) -> str:
-    """RFC 4180 with the columns in the first line, and nothing that a spreadsheet would run."""
+    """RFC 4180 with the columns in the first line, and nothing that a spreadsheet would run.
+
+    Control characters but tabs and line feeds are written as `\\x1b` and the like.
+    """
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(found.columns)
@@ -233,14 +242,23 @@ def _values(row: Row) -> tuple[Name | Decimal | None, ...]:
 
 
 def _json(value: Name | Decimal | None) -> str:
-    return plain(value) if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Decimal):
+        return plain(value)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(map(_json_char, text))
+
+
+def _json_char(char: str) -> str:
+    """A caller's text: none of it moves the cursor, or turns the direction of what is read."""
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def _csv(value: Name | Decimal | None) -> Name:
     if isinstance(value, Decimal):
         return plain(value)
-    if isinstance(value, str) and value.startswith(_RUN_BY_SPREADSHEETS):
-        return f"'{value}"
+    if isinstance(value, str):
+        text = _harmless(value, keep="\t\n")
+        return f"'{text}" if _RUN_BY_SPREADSHEETS(value) else text
     return "" if value is None else value
 
 
@@ -251,10 +269,16 @@ def _cell(value: Name | Decimal | None) -> str:
         return plain(value)
     if isinstance(value, int):
         return str(value)
-    if value.isprintable():
-        return value or "-"
-    # A caller's text: none of it moves the cursor or colours a terminal.
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in value)
+    return _harmless(value) or "-"
+
+
+def _harmless(text: str, keep: str = "") -> str:
+    """A caller's text: none of it moves the cursor or colours a terminal, but for `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in text
+    )
 
 
 def _currencies(found: Report) -> list[str | None]:

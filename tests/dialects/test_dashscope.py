@@ -120,7 +120,9 @@ SHAPES: dict[str, tuple[Any, Usage | None]] = {
     "usage is empty": ({"output": {}, "usage": {}}, None),
     "usage is null": ({"output": {}, "usage": None}, None),
     "usage is a list": ({"usage": [1]}, None),
-    "counts of a wrong type": ({"usage": {"input_tokens": "1", "output_tokens": -2}}, Usage()),
+    "counts of a wrong type": ({"usage": {"input_tokens": "1", "output_tokens": -2}}, None),
+    "counts of nothing": ({"usage": {"input_tokens": 0, "output_tokens": 0}}, None),
+    "more than anybody counts": ({"usage": {"total_tokens": 2**64 - 1}}, None),
     "in the text": ({"output": {"text": '"usage": {"input_tokens": 9}'}}, None),
     "task": ({"output": {"task_id": "t", "task_status": "PENDING"}, "request_id": "r"}, None),
 }

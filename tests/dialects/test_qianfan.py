@@ -108,6 +108,8 @@ def test_error_inside_a_200(data: Any, expected: tuple[str, str] | None) -> None
         ({"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}, Usage(3, 4)),
         ({"data": [], "usage": {"prompt_tokens": 3, "total_tokens": 3}}, Usage(3, 0)),
         ({"usage": {}}, None),
+        ({"usage": {"prompt_tokens": 0, "completion_tokens": None, "total_tokens": 7}}, None),
+        ({"usage": {"prompt_tokens": 2**64 - 1, "completion_tokens": "4"}}, None),
         ({"usage": None}, None),
         ({"result": '"usage": {"prompt_tokens": 9}'}, None),
         (b"oops", None),

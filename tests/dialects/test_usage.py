@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from sidecar.call import Usage
-from sidecar.dialects import ANTHROPIC, OPENAI, Dialect
+from sidecar.dialects import ANTHROPIC, DASHSCOPE, OPENAI, QIANFAN, Dialect
+from sidecar.dialects.fields import MOST_TOKENS
 from sidecar.sse import Decoder, Event, JsonEvent, encode
 
 
@@ -90,13 +91,35 @@ OPENAI_SHAPES: dict[str, tuple[Any, Usage | None]] = {
         },
         Usage(9, 0, cached=2, cache_write=4, cache_write_1h=3),
     ),
+    "cached tokens beside details that do not have them": (
+        {
+            "usage": {
+                "prompt_tokens": 9,
+                "cached_tokens": 7,
+                "prompt_tokens_details": {"audio_tokens": 0},
+            }
+        },
+        Usage(9, 0, cached=7),
+    ),
     "usage is null": ({"choices": [{"delta": {"content": "a"}}], "usage": None}, None),
-    "usage is empty": ({"usage": {}}, Usage()),
+    "usage is empty": ({"usage": {}}, None),
     "usage is a list": ({"usage": [1]}, None),
     "counts of a wrong type": (
         {"usage": {"prompt_tokens": "1", "completion_tokens": None}},
-        Usage(),
+        None,
     ),
+    "counts of null": ({"usage": {"prompt_tokens": None, "completion_tokens": None}}, None),
+    "counts of nothing": ({"usage": {"prompt_tokens": 0, "completion_tokens": 0}}, None),
+    "a total alone": ({"usage": {"total_tokens": 9}}, None),
+    "more than anybody counts": (
+        {"usage": {"prompt_tokens": 10**9 + 1, "completion_tokens": 2**64 - 1}},
+        None,
+    ),
+    "a number without end": (
+        {"usage": {"prompt_tokens": 1e30, "completion_tokens": 5}},
+        Usage(0, 5),
+    ),
+    "the most that counts": ({"usage": {"prompt_tokens": 10**9}}, Usage(10**9, 0)),
     "negative counts": ({"usage": {"prompt_tokens": -1, "completion_tokens": 2}}, Usage(0, 2)),
     "a list": ([{"usage": {"prompt_tokens": 1}}], None),
     "in the text": ({"choices": [{"delta": {"content": '"usage": {"prompt_tokens": 9}'}}]}, None),
@@ -254,6 +277,69 @@ def test_anthropic_whole_message() -> None:
 def test_anthropic_event_without_usage_changes_nothing(data: bytes) -> None:
     before = Usage(1, 2)
     assert ANTHROPIC.usage(event(data), before) is before
+
+
+# What is none
+
+NAMES: dict[str, tuple[Dialect, str, str]] = {
+    "openai": (OPENAI, "prompt_tokens", "completion_tokens"),
+    "responses": (OPENAI, "input_tokens", "output_tokens"),
+    "anthropic": (ANTHROPIC, "input_tokens", "output_tokens"),
+    "dashscope": (DASHSCOPE, "input_tokens", "output_tokens"),
+    "qianfan": (QIANFAN, "prompt_tokens", "completion_tokens"),
+}
+NO_COUNTS: list[Any] = [
+    0,
+    0.0,
+    -1,
+    None,
+    True,
+    "12",
+    [12],
+    {},
+    1e30,
+    MOST_TOKENS + 1,
+    2**63,
+    2**64 - 1,
+]
+
+
+@pytest.mark.parametrize("which", NAMES)
+@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+def test_usage_in_which_no_count_can_be_read_is_none(which: str, value: Any) -> None:
+    dialect, name_in, name_out = NAMES[which]
+    told = event({"usage": {name_in: value, name_out: value, "total_tokens": value}})
+    assert dialect.usage(told, None) is None
+    if which != "anthropic":  # whose later reports correct earlier ones, down to nothing as well
+        before = Usage(1, 2)
+        assert dialect.usage(told, before) is before
+
+
+@pytest.mark.parametrize("usage", [{}, {"total_tokens": 9}, {"prompt_tokens_details": {}}], ids=str)
+def test_usage_without_counts_of_input_and_output_is_none(usage: dict[str, Any]) -> None:
+    for dialect in (OPENAI, ANTHROPIC, QIANFAN):
+        assert dialect.usage(event({"usage": usage}), None) is None
+
+
+@pytest.mark.parametrize("which", NAMES)
+def test_a_count_beyond_all_reason_is_not_taken_and_the_largest_within_is(which: str) -> None:
+    dialect, name_in, name_out = NAMES[which]
+    told = event({"usage": {name_in: 2**64 - 1, name_out: MOST_TOKENS}})
+    assert dialect.usage(told, None) == Usage(0, MOST_TOKENS)
+
+
+def test_anthropic_later_report_that_cannot_be_read_takes_nothing_back() -> None:
+    first = start(input_tokens=10, output_tokens=2)
+    before = ANTHROPIC.usage(first, None)
+    assert before == Usage(10, 2)
+    assert ANTHROPIC.usage(delta(output_tokens=2**64 - 1), before) is before
+    assert ANTHROPIC.usage(delta(output_tokens="7", input_tokens=11), before) == Usage(11, 2)
+
+
+def test_anthropic_first_report_of_nothing_leaves_all_to_the_later_one() -> None:
+    first = start(input_tokens=0, output_tokens=0)
+    assert last_usage(ANTHROPIC, [first]) is None
+    assert last_usage(ANTHROPIC, [first, delta(input_tokens=9, output_tokens=3)]) == Usage(9, 3)
 
 
 class Unread(Event):

@@ -303,6 +303,15 @@ async def test_calls_made_for_a_call_are_charged_with_it() -> None:
         assert (await harness.run()).call[COST].amount == COSTS + Decimal("0.0003")
 
 
+async def test_a_side_call_has_the_price_of_the_name_that_callers_know_its_model_by() -> None:
+    target = Target(FakeUpstream("side"), "bge-m3-local")
+    made = SideCall(target, "embeddings", Usage(100), "embedder")
+    facts = inner(before={SIDE_CALLS: [made]}, after={USAGE: USED})
+    async with Harness(cost(prices=OWN | EMBEDDER), facts, upstream=openai()) as harness:
+        assert (await harness.run()).call[COST].amount == COSTS + Decimal("0.0002")
+        assert unknown(harness) == 0
+
+
 async def test_a_hit_costs_what_was_paid_to_find_it() -> None:
     facts = inner(before={SIDE_CALLS: [side(Usage(100))]})
     use = cost(prices={"embedder": {"input": 2, "output": 0, "currency": "CNY"}})
@@ -327,6 +336,56 @@ async def test_two_currencies_are_added_up_only_where_a_rate_is_configured(
         found = (await harness.run()).call.get(COST)
         assert found == (Cost(Decimal(expected), "USD") if expected else None)
         assert unknown(harness) == (expected is None)
+
+
+async def test_each_known_part_of_a_cost_is_told_where_the_whole_is_not_known() -> None:
+    sides = [side(Usage(100)), side(Usage(50), "nobody-knows")]
+    facts = inner(before={SIDE_CALLS: sides}, after={USAGE: USED, LOST_USAGE: Usage(500)})
+    prices = OWN | {"embedder": {"input": 2, "output": 0, "currency": "CNY"}}
+    async with Harness(cost(prices=prices), facts, upstream=openai()) as harness:
+        call = (await harness.run()).call
+        assert COST not in call
+        assert call[PRICES].parts(call) == [
+            *(Cost(COSTS, "USD"), usd("0.0005"), Cost(Decimal("0.0002"), "CNY"), None),
+        ]
+        call[CACHED] = "hit"
+        assert call[PRICES].parts(call) == [Cost(Decimal("0.0002"), "CNY"), None]
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        b"{}",
+        b'{"total_tokens": 9}',
+        b'{"prompt_tokens": null, "completion_tokens": null}',
+        b'{"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}',
+        b'{"prompt_tokens": 18446744073709551615, "completion_tokens": -1}',
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_answer_whose_usage_says_nothing_is_counted_and_not_free(
+    usage: bytes, is_stream: bool
+) -> None:
+    async with Harness(cost(prices=OWN), TokenCounter) as harness:
+        upstream = harness.upstream
+        told = b'"usage":' + usage + b"}"
+        if is_stream:
+            upstream.answer = upstream.stream(
+                b'data: {"choices":[{"delta":{"content":"one two three"}}]}\n\n'
+            )
+            run = harness.start()
+            await run.begun()
+            upstream.source.finish(b'data: {"choices":[],' + told + b"\n\ndata: [DONE]\n\n")
+            await run.ended()
+        else:
+            upstream.answer = upstream.whole(
+                b'{"choices":[{"message":{"content":"one two three"}}],' + told
+            )
+            run = await harness.run()
+        assert run.call[USAGE].is_estimated
+        assert run.call[USAGE].output >= 2
+        assert run.call[COST].amount > 0
 
 
 async def test_money_is_converted_at_the_configured_rate_alone() -> None:
@@ -535,6 +594,12 @@ def test_a_mistake_in_a_price_is_explained(entry: Any, words: str) -> None:
 def test_a_rate_of_exchange_is_greater_than_nothing(worth: Any) -> None:
     with pytest.raises(ValidationError, match=r"greater than 0|from 0 to|expected a number"):
         CallCost.Config.model_validate({"exchange": {"CNY": worth}})
+
+
+@pytest.mark.parametrize("worth", [2, 1])
+def test_a_dollar_is_worth_a_dollar_and_is_not_among_the_rates_of_exchange(worth: int) -> None:
+    with pytest.raises(ValidationError, match="leave USD out"):
+        CallCost.Config.model_validate({"exchange": {"CNY": 0.14, "USD": worth}})
 
 
 def test_an_unknown_provider_is_refused_with_those_that_there_are() -> None:

@@ -24,6 +24,7 @@ from sidecar.mock.content import Told
 CHAT, MESSAGES, EMBEDDINGS = "/v1/chat/completions", "/v1/messages", "/v1/embeddings"
 WITHIN_S = 20.0
 """Only a test that fails waits so long."""
+MAX_TOKENS = 6
 ID = "x-request-id"
 _ID = ID.encode()
 
@@ -53,16 +54,24 @@ class Ask:
     is_whole: bool = False
     has_left: bool = False
 
-    def request(self, key: str) -> bytes:
+    @property
+    def body(self) -> bytes:
         body: dict[str, Any] = {"model": self.model}
         if self.path == EMBEDDINGS:
             body["input"] = self.text
         else:
-            body |= {"max_tokens": 6, "temperature": self.temperature, "stream": self.is_stream}
+            body |= {
+                "max_tokens": MAX_TOKENS,
+                "temperature": self.temperature,
+                "stream": self.is_stream,
+            }
             body["messages"] = [{"role": "user", "content": self.text}]
         if self.wants_usage:
             body["stream_options"] = {"include_usage": True}
-        data = orjson.dumps(body)
+        return orjson.dumps(body)
+
+    def request(self, key: str) -> bytes:
+        data = self.body
         fields = {
             "host": "accounts",
             "authorization": f"Bearer {key}",
@@ -262,6 +271,8 @@ class Served(NamedTuple):
 
     model: str
     told: Told | None
+    sent: int
+    """Tokens of the output that were written."""
     status: int | None
     is_answered: bool
     is_left: bool
@@ -313,6 +324,7 @@ class Provider:
             Served(
                 received.model,
                 received.told,
+                received.output_tokens_sent,
                 received.status,
                 received.is_answered,
                 received.client_gone,

@@ -190,12 +190,32 @@ def test_json_has_money_as_numbers_with_all_digits() -> None:
     assert as_json(report([], query("model"))) == "[]"
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "=1+1",
+            "+1",
+            "-1",
+            "@SUM(A1)",
+            "\tx",
+            "\rx",
+            "\nx",
+            "\n=1",
+            " =1",
+            "\u3000=1",
+            "\u00a0+1",
+        ),
+        *("\uff1d1+1", "\uff0b1", "\uff0d1", "\uff20x", " \uff1d1"),
+    ],
+)
 def test_csv_holds_nothing_that_a_spreadsheet_would_run(name: str) -> None:
     text = as_csv(report([line(name, cost="0.5")], query("model")))
     head, row = csv.reader(io.StringIO(text))
     assert head == ["model", *BASIC, "cost", "currency"]
-    assert row == [f"'{name}", "1", "0", "0", "0", "0.5", "USD"]
+    shown = "".join(ascii(each)[1:-1] if each in "\r\u3000\u00a0" else each for each in name)
+    assert row[0] == f"'{shown}"
+    assert row[1:] == ["1", "0", "0", "0", "0.5", "USD"]
 
 
 def test_csv_keeps_commas_quotes_and_lines_in_their_field() -> None:
@@ -230,3 +250,20 @@ def test_table_makes_control_characters_harmless() -> None:
     text = as_table(report([line("\x1b[2Jgpt\n\u202e", cost="1")], query("model")))
     assert r"\x1b[2Jgpt\n\u202e" in text
     assert "\x1b" not in text
+
+
+CONTROLS = "\r\x1b[2J\x07\x7f\x9b31m\u202e\u2066\u200b\ufeff\u2028\U000e0041"
+
+
+def test_json_writes_characters_that_cannot_be_seen_as_escapes() -> None:
+    text = as_json(report([line(f"模型{CONTROLS}", cost="1")], query("model")))
+    assert text.isprintable()
+    assert r"模型\r\u001b[2J\u0007\u007f\u009b31m\u202e\u2066" in text
+    assert json.loads(text)[0]["model"] == f"模型{CONTROLS}"
+
+
+def test_csv_writes_control_characters_as_escapes() -> None:
+    text = as_csv(report([line(f"模型{CONTROLS}", cost="1")], query("model")))
+    _, row = csv.reader(io.StringIO(text))
+    assert text.replace("\r\n", "").isprintable()
+    assert row[0].startswith(r"模型\r\x1b[2J\x07\x7f\x9b31m\u202e\u2066")
