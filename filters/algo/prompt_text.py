@@ -50,6 +50,8 @@ _BLOCK = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 ).search
 """Where a block begins inside of which white space matters, or may be shown to a reader."""
+_BLOCK_SIGNS = ("'''", '"""', "<", ">", "|", "\\", "::")
+"""One of these is in each of them: looked for first, ten times as fast."""
 
 _RUNS = re.compile(r" {2,}(?=[^ \r\n])").findall
 _HEAD = re.compile(r" *(?:(?:[-*+•]|\w{1,9}[.)]) +)?").match
@@ -65,10 +67,12 @@ _PAIRS = r"""
 """
 _PAIR = re.compile(_PAIRS, re.VERBOSE).sub
 """What clearly stands in quotes, on one line."""
+_RUN = re.compile(" {2,}").sub
 _RUN_OR_PAIR = re.compile(rf"(?P<pair>{_PAIRS})|[ ]{{2,}}", re.VERBOSE).sub
 _MARK = re.compile(
-    r"""["`“”„‟«»‹›‘‚‛「」『』]|(?!(?:(?<=\w\w)(?<!\b[bfru][bfr8])|(?<=\bI)).\w)['’]""",
-    re.IGNORECASE,
+    r"""["`“”„‟«»‹›‘‚‛「」『』]
+    | ['’](?: (?!\w) | (?<!\w\w.)(?<!\b[Ii].) | (?<=\b[bBfFrRuU][bBfFrR8].) )""",
+    re.VERBOSE,
 ).search
 """A quotation mark, which an apostrophe within a word is not; that of `f'a'` is one."""
 
@@ -146,7 +150,7 @@ def _may_run_on(text: str) -> bool:
     """May code or data begin in this part, and end in another?"""
     return (
         any(mark in text for mark in _FENCE_MARKS)
-        or _BLOCK(text) is not None
+        or _block(text) is not None
         or _DATA_LINE(text) is not None
     )
 
@@ -237,7 +241,7 @@ def _is_data(text: str) -> bool:
 
 def _squeeze_lines(text: str, is_whole: bool) -> str:
     lines = text.split("\n")
-    block = _BLOCK(text)
+    block = _block(text)
     begin = len(lines) if block is None else text.count("\n", 0, block.start())
     last = text.rstrip(_WHITE_CHARS).count("\n") if is_whole else len(lines)
     kept: list[str] = []
@@ -296,6 +300,10 @@ def _squeeze_lines(text: str, is_whole: bool) -> str:
     return "\n".join(kept)
 
 
+def _block(text: str) -> re.Match[str] | None:
+    return _BLOCK(text) if any(sign in text for sign in _BLOCK_SIGNS) else None
+
+
 def _end_of(line: str) -> str:
     return line[len(line.rstrip(" \t\r")) :]
 
@@ -332,7 +340,10 @@ def _squeeze_runs(line: str, lines: list[str]) -> str:
     found = _HEAD(line)
     head = "" if found is None else found[0]
     bare = line.rstrip(" ")
-    return head + _RUN_OR_PAIR(_one_space, bare[len(head) :]) + line[len(bare) :]
+    end, rest = line[len(bare) :], bare[len(head) :]
+    if _MARK(rest) is None:  # a quarter of the time
+        return head + _RUN(" ", rest) + end
+    return head + _RUN_OR_PAIR(_one_space, rest) + end
 
 
 def _one_space(found: re.Match[str]) -> str:

@@ -213,7 +213,7 @@ async def test_stream_that_dies_after_its_first_byte_is_not_tried_again() -> Non
     ("body", "encoding"),
     [
         (error(type="insufficient_quota", code="credit_balance_exhausted"), ""),
-        (gzip.compress(error(type="insufficient_quota")), "gzip"),
+        (gzip.compress(error(type="insufficient_quota"), mtime=0), "gzip"),
         (error(code="organization_spend_limit_exceeded", type="x"), ""),
     ],
 )

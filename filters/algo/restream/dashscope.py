@@ -2,9 +2,9 @@
 
 Source: Alibaba Cloud Model Studio, DashScope API reference, Text generation. Frames hold either the
 text so far or what is new of it, as the request has asked (`incremental_output`), and do not say
-which. So they are told apart by the texts, the reasoning and the answer each for itself (models may
-say one in this way and the other in that), and refused when those could be either. For the same
-reason an answer becomes one frame: that one is right in both readings.
+which. So they are told apart by the texts, for the reasoning and the answer each by itself, and
+refused when those could be either. For the same reason an answer becomes one frame: that one is
+right in both readings.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ MIN_CHARS = 16
 repeated is so long."""
 MAX_REPEATED_CHARS = 3
 """Of a text that the next one begins with, in frames with what is new: more may be all so far."""
-CHANCE_CHARS = 3
-"""So much of a text a part may repeat by chance when the parts are what is new."""
 
 
 def whole(events: list[Event], usage: Usage | None) -> Fields:
@@ -87,7 +85,7 @@ def _joined(frames: Sequence[str]) -> str:
         return "".join(said)
     grown = sum(len(other) > len(one) for one, other in pairwise(said))
     need(grown >= MIN_GROWTHS and repeated[-1] >= MIN_CHARS)
-    need(frames[-1] and "" not in frames[frames.index(said[0]) :])  # all so far never gets less
+    need("" not in frames[frames.index(said[0]) :])  # all so far never gets less
     return said[-1]
 
 

@@ -28,6 +28,8 @@ PROSE = {
     ),
     "around tildes": ("a \nb\n~~~\n```\nc  d\n~~~\nf \ng", "a\nb\n~~~\n```\nc  d\n~~~\nf\ng"),
     "no code in one line": ("a ```b``` c\ne \nf", "a ```b``` c\ne\nf"),
+    "behind a table": ("| a |\n| - |\n\n\nb \nc", "| a |\n| - |\n\nb\nc"),
+    "behind I'm": ("I'm  here", "I'm here"),
     "before a block": ("a \n\n\nb\n<pre>\n\n\nc \n", "a\n\nb\n<pre>\n\n\nc \n"),
 }
 
@@ -77,6 +79,16 @@ KEPT = {
     "HTML that keeps its spaces": "<pre>\na   b\n</pre> is printed",
     "HTML with code": "a\n<code>\nb\n\n\n\nc\n</code>",
     "a break in Markdown": "Roses are red,  \nviolets are blue",
+    "two letters before the quotes": "a = rb'a  b'if c else d",
+    "a quotation that began above": 'He said "a\n\nb  c\n\nd"',
+    "quotes in raw quotes": 'let s = r#"a "b  c" d"#',
+    "white space in a quotation that goes on": 'say "a \nb"',
+    "carriage returns inside a line": "a  b\rc",
+    "how deep a list stands": "1.  a\n\n        b",
+    "a text for a shell": "cat <<EOF\na  b \n\n\nEOF",
+    "a list of scalars of YAML": "- |\n  a \n\n\n  b",
+    "a literal block": "Like this::\n\n  a  b \n",
+    "only what a patch takes out": "-    return  a \nb",
     "an object": '{"a":  1}',
     "a list": "[1,  2]\n\n",
     "XML": '<?xml version="1.0"?>\n<a>  b  </a>',
@@ -108,6 +120,10 @@ def test_several_lines_with_several_spaces_lose_only_their_ends_and_blank_lines(
 def test_parts_of_a_text_keep_their_ends_for_they_stand_side_by_side() -> None:
     assert squeeze("\n\n a \nb \n\n", False) == "\n\n a\nb\n\n"
     assert squeeze("a \nb ", False) == "a\nb "
+
+
+def test_parts_of_a_text_keep_spaces_inside_lines_for_columns_may_stand_in_several() -> None:
+    assert squeeze("a  b", False) == "a  b"
 
 
 TEXT = st.lists(
@@ -231,6 +247,12 @@ UNTOUCHED: dict[str, dict[str, Any]] = {
     "no messages": {"messages": "a", "system": 1, "input": None},
     "a fence through several parts": {
         "messages": [{"role": "user", "content": [{"text": "```\na"}, {"text": "b\n```"}]}]
+    },
+    "a string through several parts": {
+        "messages": [{"role": "user", "content": [{"text": '"""a'}, {"text": 'b"""'}]}]
+    },
+    "a patch through several parts": {
+        "messages": [{"role": "user", "content": [{"text": "+a"}, {"text": "b"}]}]
     },
 }
 
