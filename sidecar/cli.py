@@ -155,7 +155,8 @@ def usage(
     answer are local, too. It may be asked while the sidecar runs, and when it does not.
 
     Calls of unknown price have rows of their own, without a cost. docs/usage.md says what each
-    column means.
+    column means. It needs no secret of the configuration but the URL of the store, where records
+    are kept there.
 
     \b
     Exit codes
@@ -178,8 +179,7 @@ def usage(
     if since_s >= min(until_s, now_s):
         raise click.BadParameter("it must be earlier than --until", param_hint="--since")
     query = reports.Query(names, since_s, until_s, team, model)
-    bound = _load_or_exit(path, {})
-    found = reports.report(_ledger_lines(path, bound, query), query, details=details)
+    found = reports.report(_ledger_lines(path, query), query, details=details)
     if style == "json":
         click.echo(reports.as_json(found))
     elif style == "csv":
@@ -311,11 +311,24 @@ def _time_or_exit(parse: Callable[..., float], option: str, text: str, now_s: fl
         raise click.BadParameter(str(error), param_hint=option) from None
 
 
-def _ledger_lines(path: Path, bound: Bound, query: Any) -> list[Any]:
-    """What the ledgers of the configuration hold; exits with 1 when there is none."""
+def _ledger_lines(path: Path, query: Any) -> list[Any]:
+    """What the ledgers of the configuration hold; exits with 1 when there is none, with 2 when it
+    does not load."""
     from importlib import import_module
 
+    from sidecar.config import bind, load_config
+    from sidecar.config.references import PartialReferences
+    from sidecar.errors import ConfigError
     from sidecar.filter import StoreAddress
+
+    try:
+        # Whoever asks for the bill need not have the keys.
+        loaded = load_config(path, references_by=PartialReferences)
+        bound = bind(loaded)
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        sys.exit(2)
 
     ledgers = import_module("filters.stores.ledger")
     filter_class = import_module("filters.ledger").Ledger
@@ -328,6 +341,10 @@ def _ledger_lines(path: Path, bound: Bound, query: Any) -> list[Any]:
         for spec in policy.call
         if issubclass(spec.filter_class, filter_class)
     ]
+    url = "" if store.url is None else store.url.reveal()
+    if not loaded.references.is_value(url) and not {*wheres} <= {"disk", "off"}:
+        click.echo(f"{path}: store: {loaded.references.missing[url]}", err=True)
+        sys.exit(1)
     try:
         return list(ledgers.read_ledgers(wheres, store, data_dir, query))
     except ledgers.NoLedger as error:

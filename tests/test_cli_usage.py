@@ -236,6 +236,51 @@ def test_without_records_it_exits_1_with_the_setting_and_the_fix(
     assert result.stdout == ""
 
 
+SECRETS = """
+data_dir: state
+teams: teams/*.yaml
+upstreams:
+  up: {dialect: openai, base_url: "https://up.example", proxy: "env:MISSING_PROXY",
+       tls: {ca_file: missing.pem}, sign: {scheme: zhipu-jwt-hs256, api_key: "env:MISSING_1"}}
+  other: {dialect: openai, base_url: "https://other.example",
+          sign: {scheme: bearer, key: "file:missing"}}
+chains: {default: {call: [ledger, token_counter], attempt: [sign]}}
+"""
+
+
+async def test_it_needs_no_secret_of_the_configuration(tmp_path: Path) -> None:
+    path = await written(tmp_path, [record(time_s=time.time())])
+    path.write_text(SECRETS)
+    (tmp_path / "teams").mkdir()
+    for name in "ab":
+        (tmp_path / "teams" / f"{name}.yaml").write_text(
+            f"team: {name}\nkeys: ['env:MISSING_KEY_OF_{name}']\n"
+        )
+    assert CliRunner().invoke(main, ["check", str(path)]).exit_code == 1
+    assert asked(path, "--by", "model")[0]["calls"] == 1
+
+
+async def test_it_needs_the_url_of_the_store_only_where_records_are_kept_there(
+    tmp_path: Path,
+) -> None:
+    store = "store: {url: 'env:MISSING_STORE'}\n"
+    path = await written(tmp_path, [record(time_s=time.time())], store + ON_DISK)
+    result = invoke("--config", path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    message = "store: the environment variable MISSING_STORE is not set"
+    assert result.stderr == f"{path}: {message}\n"
+    path.write_text(path.read_text() + "filters: {ledger: {where: disk}}\n")
+    assert asked(path, "--by", "model")[0]["calls"] == 1
+
+
+def test_what_is_no_reference_exits_2_as_run_does(tmp_path: Path) -> None:
+    path = write_config(tmp_path, ON_DISK)
+    path.write_text(path.read_text() + "store: {url: 'env:MISSING NAME'}\n")
+    result = invoke("--config", path)
+    assert result.exit_code == 2
+    assert "write env:NAME or file:PATH" in result.stderr
+
+
 def test_a_configuration_that_does_not_load_exits_2_as_run_does(tmp_path: Path) -> None:
     path = write_config(tmp_path, "data_dirr: state\n")
     result = invoke("--config", path)

@@ -6,7 +6,6 @@ snapshot.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -91,10 +90,12 @@ class _Section(NamedTuple):
 def bind(loaded: Loaded, environ: Mapping[str, str] | None = None) -> Bound:
     """Check what `loaded` means as a whole and find its filters.
 
-    `environ` is where `env:NAME` is looked up; None: the process's environment. Imports the
-    modules of filters. Raises ConfigError with every problem.
+    `environ` is where `env:NAME` is looked up; None: where `loaded` has looked. Imports the modules
+    of filters. Raises ConfigError with every problem.
     """
-    return _Binder(loaded, os.environ if environ is None else environ).bind()
+    if environ is None:
+        return _Binder(loaded, loaded.references).bind()
+    return _Binder(loaded, References(loaded.path.parent, environ)).bind()
 
 
 def implicit_team(config: Config) -> TeamSettings:
@@ -103,12 +104,12 @@ def implicit_team(config: Config) -> TeamSettings:
 
 
 class _Binder:
-    def __init__(self, loaded: Loaded, environ: Mapping[str, str]) -> None:
+    def __init__(self, loaded: Loaded, references: References) -> None:
         self.loaded = loaded
         self.config = loaded.config
         self.document = loaded.document
         self.directory = loaded.path.parent
-        self.references = References(self.directory, environ)
+        self.references = references
         self.problems: dict[Problem, None] = {}  # teams share most of their mistakes
         self.classes: dict[str, type[Filter]] = {}
         self.missing: set[str] = set()

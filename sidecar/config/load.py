@@ -40,16 +40,24 @@ class Loaded:
     """One for each of `teams`, in the same order."""
     warnings: list[str]
     """What is allowed and yet worth a line in the log, with its place."""
+    references: References = field(repr=False)
+    """What resolved those of the configuration file."""
 
 
-def load_config(path: Path, environ: Mapping[str, str] | None = None) -> Loaded:
+def load_config(
+    path: Path,
+    environ: Mapping[str, str] | None = None,
+    *,
+    references_by: type[References] = References,
+) -> Loaded:
     """Read and check the configuration file at `path` and all that it refers to.
 
-    `environ` is where `env:NAME` is looked up; None: the process's environment. Raises ConfigError
-    with every problem of every file, in the order of the files and lines.
+    `environ` is where `env:NAME` is looked up; None: the process's environment. `references_by`
+    resolves what is referred to. Raises ConfigError with every problem of every file, in the order
+    of the files and lines.
     """
     path = Path(path)
-    references = References(path.parent, os.environ if environ is None else environ)
+    references = references_by(path.parent, os.environ if environ is None else environ)
     reader = _Reader()
     read_config = reader.read(path, Config, references)
     config, document = read_config if read_config else (None, None)
@@ -68,6 +76,7 @@ def load_config(path: Path, environ: Mapping[str, str] | None = None) -> Loaded:
         document=document,
         team_documents=tuple(team_document for _, team_document in teams),
         warnings=_warnings(config, document),
+        references=references,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 MIN_SECRET_CHARACTERS = 8
@@ -29,11 +30,17 @@ class References:
         self._environ = environ
         self._contents: dict[Path, str] = {}
         self._files: set[Path] = set()
+        self.missing: dict[str, str] = {}
+        """What is wrong with references that have a stand-in, by these; here none has."""
+
+    def __reduce__(self) -> tuple[type[References], tuple[Path, Mapping[str, str]]]:
+        return type(self), (self.directory, {})  # values are pickled no more than secrets are
 
     def at(self, directory: Path) -> References:
         """The same for a file in another directory; both remember what either has read."""
-        other = References(directory, self._environ)
+        other = type(self)(directory, self._environ)
         other._contents, other._files = self._contents, self._files
+        other.missing = self.missing
         return other
 
     @property
@@ -67,6 +74,10 @@ class References:
         if len(value) < MIN_SECRET_CHARACTERS:
             raise ValueError(f"{source} has less than {MIN_SECRET_CHARACTERS} characters")
         return value
+
+    def is_value(self, secret: str) -> bool:
+        """Whether it is what a reference refers to, and not a stand-in."""
+        return secret not in self.missing
 
     def file(self, path: str) -> str:
         """`path` as an absolute path. Raises ValueError when no regular file is there."""
@@ -102,7 +113,7 @@ class References:
         return self._contents[path]
 
     def _read(self, path: Path, name: str) -> str:
-        self.file(name)  # a pipe or a device would block the start
+        References.file(self, name)  # a pipe or a device would block the start
         try:
             with path.open("rb") as file:
                 content = file.read(MAX_SECRET_BYTES + 1)
@@ -118,3 +129,23 @@ class References:
             return text.removesuffix("\n").removesuffix("\r")
         # Outside `except`, whose error would carry the content.
         raise ValueError(f"the file {name} is not UTF-8 text")
+
+
+class PartialReferences(References):
+    """For who needs hardly any secret: what cannot be resolved has a stand-in, and other files need
+    not be there."""
+
+    def secret(self, reference: str) -> str:
+        try:
+            return super().secret(reference)
+        except ValueError as error:
+            if str(error) in (HOW_TO, NO_PROGRAMS):  # no reference: nobody could resolve it
+                raise
+            # Two parts, of which each scheme of signing could make something; a different one for
+            # each reference, as no two teams may have the same key.
+            stand_in = f"missing.{sha256(reference.encode('utf-8', 'replace')).hexdigest()}"
+            self.missing[stand_in] = str(error)
+            return stand_in
+
+    def file(self, path: str) -> str:
+        return str(self._absolute(path))

@@ -164,7 +164,8 @@ def _proxy(value: Any, info: ValidationInfo) -> Any:
         raise ValueError(how_to)
     if value.startswith(("env:", "file:")) and isinstance(info.context, References):
         secret = Secret.refer(value, info.context)
-        if not re.fullmatch(rf"http://([^\s/@]+@)?{_HOST_AND_PORT}/?", secret.reveal()):
+        is_url = re.fullmatch(rf"http://([^\s/@]+@)?{_HOST_AND_PORT}/?", secret.reveal())
+        if not is_url and info.context.is_value(secret.reveal()):
             raise ValueError(f"{value} must hold http://[user:password@]host:port")
         return secret
     if "@" in value:
@@ -295,7 +296,8 @@ def _store_url(value: Any, info: ValidationInfo) -> Secret | None:
         raise ValueError(how_to)
     if value.startswith(("env:", "file:")) and isinstance(info.context, References):
         secret = Secret.refer(value, info.context)
-        if not _STORE_URL.fullmatch(secret.reveal()):
+        is_url = _STORE_URL.fullmatch(secret.reveal())
+        if not is_url and info.context.is_value(secret.reveal()):
             raise ValueError(f"{value} must hold redis://[user:password@]host[:port][/db]")
         return secret
     if "@" in value:
