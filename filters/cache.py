@@ -129,6 +129,7 @@ class Cache(CallFilter):
         self._sharing = Sharing(config.scope, kit.team, kit.places, told)
         self._flights: dict[tuple[str, bool], Flight] = {}  # by key and form
         self._room = Room(config.max_bytes)
+        self._known: dict[bytes, bytes] = {}
         results = kit.metrics.counter(
             "llm_sidecar_cache", "Calls by what the cache did for them.", ("team", "result")
         )
@@ -215,6 +216,7 @@ class Cache(CallFilter):
             skip=self._skip,
             skip_headers=self._skip_headers,
             normalise_text=self.config.normalise_prompt,
+            known=self._known,
         )
 
     # A hit

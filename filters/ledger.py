@@ -42,9 +42,9 @@ class Ledger(CallFilter):
 
     class Config(FilterConfig):
         where: Where = "auto"
-        """`disk`: sums for each moment in `data_dir`; `redis`: sums for each minute in the shared
-        store; `auto`: there if there is one, else on disk if there is a `data_dir`, else nowhere;
-        `off`: nowhere."""
+        """`disk`: sums for each tenth of a second in `data_dir`, after an hour for each minute;
+        `redis`: sums for each minute in the shared store; `auto`: there if there is one, else on
+        disk if there is a `data_dir`, else nowhere; `off`: nowhere."""
         keep_days: PositiveInt = 90
         """Older records are deleted."""
 
@@ -91,7 +91,7 @@ class Ledger(CallFilter):
         if len(model) > MAX_MODEL:
             model = model[:MAX_MODEL]
         target = call.target or (call.targets[0] if call.targets else None)
-        kind = (
+        kind = Kind(
             kit.team,
             call.key_id,
             call.endpoint.name,
@@ -114,11 +114,15 @@ class Ledger(CallFilter):
 
     def _enter_side_call(self, kind: Kind, side: SideCall) -> None:
         """What it cost is a part of the call's cost, and told there."""
-        team, key_id, *_, status, outcome, _, _, _, currency = kind
         usage, model = side.usage, side.target.model or ""
-        of_side = (
-            *(team, key_id, side.endpoint, model, side.target.upstream.name, model),
-            *(status, outcome, "", True, usage.is_estimated, currency),
+        of_side = kind._replace(
+            endpoint=side.endpoint,
+            model=model,
+            upstream=side.target.upstream.name,
+            upstream_model=model,
+            cached="",
+            is_side=True,
+            is_estimated=usage.is_estimated,
         )
         reported = None if usage.is_estimated else usage
         self._book.enter(of_side, usage, reported, None, None, 0, 0.0)

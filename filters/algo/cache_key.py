@@ -61,6 +61,8 @@ CHANGING_FIELDS = (
 """The answer depends on what the provider remembers, or comes later (OpenAI responses); or on the
 world as it is then: searches (OpenAI, Alibaba Cloud, xAI, OpenRouter), servers, a machine
 (Anthropic)."""
+KNOWN_BYTES, MAX_KNOWN = 4096, 256
+"""Of bodies whose canonical form is remembered: what is asked again comes as the same bytes."""
 MAX_BODY_BYTES = 256 * 1024
 """A longer request is not for a cache: its key would hold up other calls for milliseconds."""
 
@@ -137,19 +139,28 @@ def key_of(
     skip: frozenset[str] = IGNORED_FIELDS,
     skip_headers: frozenset[bytes] = IGNORED_HEADERS,
     normalise_text: bool = False,
+    known: dict[bytes, bytes] | None = None,
 ) -> str | None:
     """40 hex digits that calls with the same answer have in common; None: its body has no
-    canonical form. `parts` are what else must be the same: scope and targets."""
-    # One who names a field twice would choose what another caller gets: the last counts here, and
-    # perhaps the first at the provider.
-    asked = call.json
-    if call.body is None or not is_exact(call.body, asked):
-        return None
-    if asked.get("temperature") == 0:  # 0, 0.0 and -0.0: clients write it as they like
-        asked = {**asked, "temperature": 0}
-    body = canonical(asked, skip=skip, normalise_text=normalise_text)
+    canonical form. `parts` are what else must be the same: scope and targets. `known` remembers
+    canonical forms for whoever always asks with the same `skip` and `normalise_text`."""
+    asked, sent = call.json, call.body or b""
+    body = None if known is None else known.get(sent)
     if body is None:
-        return None
+        # One who names a field twice would choose what another caller gets: the last counts here,
+        # and perhaps the first at the provider.
+        if not is_exact(sent, asked):
+            return None
+        said = asked
+        if asked.get("temperature") == 0:  # 0, 0.0 and -0.0: clients write it as they like
+            said = {**asked, "temperature": 0}
+        body = canonical(said, skip=skip, normalise_text=normalise_text)
+        if body is None:
+            return None
+        if known is not None and len(sent) <= KNOWN_BYTES:
+            if len(known) >= MAX_KNOWN:
+                known.clear()
+            known[sent] = body
     fields = [
         b"%b:%b" % (name, value)
         for raw_name, value in call.raw_headers

@@ -17,6 +17,8 @@ from decimal import Context, Decimal
 from typing import NamedTuple
 from unicodedata import east_asian_width
 
+from filters.algo.pricing import plain
+
 NAMES = (
     *("team", "model", "upstream", "upstream_model", "endpoint", "key", "day", "hour"),
     *("cached", "status"),
@@ -229,12 +231,6 @@ def as_table(found: Report) -> str:
         "  ".join(map(_padded, line, widths, is_number)).rstrip()
         for line in (head, rule, *body, *([rule, *foot] if foot else []))
     )
-
-
-def plain(amount: Decimal) -> str:
-    """All digits, no exponent, no zeros at the end."""
-    text = format(amount, "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _values(row: Row) -> tuple[Name | Decimal | None, ...]:

@@ -104,6 +104,8 @@ REPLACE = INSERT.replace("(", "(rowid, ", 1).replace("(?", "(?, ?")
 """A merged row stands where the first of its rows did: rows stay in order of time, pages full."""
 
 ANOTHER_VERSION = "another version has begun it, move it away to go on"
+NOT_BEGUN = "there is no ledger yet: `sidecar run` begins it with its start"
+IS_EMPTY = "SELECT 1 FROM sqlite_master LIMIT 1"
 READ_PATIENCE_S = 5.0
 """So long a reader waits for one who writes at that moment."""
 
@@ -158,7 +160,7 @@ class DiskLedger:
             connection.executemany(TO_MERGE, [(each, each * MINUTE_MS) for each in minutes])
 
         try:
-            await self._database.ask(insert)
+            await self._database.ask(insert, is_tried_again=True)
         except sqlite3.OperationalError as error:  # locked, full, read-only: it may pass
             raise NotWritten(str(error)) from error
 
@@ -166,10 +168,11 @@ class DiskLedger:
         def delete(connection: sqlite3.Connection) -> int:
             return connection.execute(PRUNE, (int(before_s * 1000), PRUNE_STEP)).rowcount
 
-        return await self._database.ask(delete) == PRUNE_STEP
+        return await self._database.ask(delete, is_tried_again=True) == PRUNE_STEP
 
     async def merge(self, before_s: float) -> bool:
-        return await self._database.ask(partial(_merge, before=int(before_s) // MINUTE_S))
+        step = partial(_merge, before=int(before_s) // MINUTE_S)
+        return await self._database.ask(step, is_tried_again=True)
 
     def __repr__(self) -> str:
         return f"<DiskLedger {self._database!r}>"
@@ -241,8 +244,7 @@ def read_disk(data_dir: Path, query: Query) -> Iterator[Line]:
     try:
         path.stat()
     except FileNotFoundError:
-        hint = "there is no ledger yet: `sidecar run` begins it with its start"
-        raise NoLedger(f"{path}: {hint}") from None
+        raise NoLedger(f"{path}: {NOT_BEGUN}") from None
     except OSError as error:  # of another user
         raise NoLedger(f"{path}: {error.strerror}") from error
     sql, values = _select(query)
@@ -252,6 +254,8 @@ def read_disk(data_dir: Path, query: Query) -> Iterator[Line]:
             # typeshed has it that aggregates are of integers.
             connection.create_aggregate("exact_sum", 1, _ExactSum)  # type: ignore[arg-type]
             connection.execute(SORT_IN_MEMORY)
+            if connection.execute(IS_EMPTY).fetchone() is None:
+                raise NoLedger(f"{path}: {NOT_BEGUN}")
             found = connection.execute(sql, values).fetchall()
     except sqlite3.Error as error:
         why = f"{error}: {ANOTHER_VERSION}" if _is_of_another_version(error) else str(error)

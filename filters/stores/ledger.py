@@ -52,18 +52,10 @@ MERGE_PAUSE_S = 0.1
 MAX_TOKENS = 10**12
 """For each call of a record: an upstream may report anything, and sums must fit into 64 bits."""
 
-Kind = tuple[str, str, str, str, str, str, int, str, str, bool, bool, str | None]
-"""What the calls of a record have in common: its fields from `team` to `currency`."""
 
+class Kind(NamedTuple):
+    """What the calls of a record have in common."""
 
-class Record(NamedTuple):
-    """Calls of one kind that ended in one moment, or further calls that were made for such.
-
-    The figures are sums over them.
-    """
-
-    time_s: float
-    """When the last of them ended; Unix seconds. All ended in the same minute."""
     team: str
     key_id: str
     """Stands for the caller's key; empty when there was none."""
@@ -80,6 +72,29 @@ class Record(NamedTuple):
     is_estimated: bool
     currency: str | None
     """None: what they cost is not known."""
+
+
+class Record(NamedTuple):
+    """Calls of one kind that ended in one moment, or further calls that were made for such.
+
+    The figures are sums over them.
+    """
+
+    time_s: float
+    """When the last of them ended; Unix seconds. All ended in the same minute."""
+    team: str
+    """This and what follows, down to `currency`: as in their `Kind`."""
+    key_id: str
+    endpoint: str
+    model: str
+    upstream: str
+    upstream_model: str
+    status: int
+    outcome: str
+    cached: str
+    is_side: bool
+    is_estimated: bool
+    currency: str | None
     calls: int
     input_tokens: int
     """What stands in the answers, or was counted in its place."""

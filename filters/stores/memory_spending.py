@@ -262,7 +262,7 @@ class MemorySpending:
             while self._changed:
                 changed, self._changed = self._changed, {}
                 rows = self._rows(changed)
-                await database.ask(partial(_write_rows, rows=rows))
+                await database.ask(partial(_write_rows, rows=rows), is_tried_again=True)
                 changed = {}
                 if self._write_timer is not None:  # there is time to gather more
                     break

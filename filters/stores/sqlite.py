@@ -39,7 +39,7 @@ BUSY_S = 5.0
 BUSY_PAUSE_S = 0.005
 """Between two attempts to open a file that another process is just making."""
 SHORT_BUSY_S = 1.0
-"""The same for work that its asker tries again: nothing else, and no stop, waits longer for it."""
+"""So long for work that its asker tries again: no stop waits longer for it."""
 _END = object()
 
 
@@ -86,15 +86,17 @@ class Database:
         return self._waiting.qsize()
 
     async def ask(
-        self, work: Callable[[sqlite3.Connection], T], *, busy_s: float | None = None
+        self, work: Callable[[sqlite3.Connection], T], *, is_tried_again: bool = False
     ) -> T:
         """What `work` returns, run in the thread after all that was posted before, in a transaction
         of its own. It runs also when the asker is cancelled meanwhile. While another process
-        writes it waits `busy_s`, or `BUSY_S`, and then raises `sqlite3.OperationalError`."""
+        writes it waits `BUSY_S`, or not so long if its asker tries again by itself, and then
+        raises `sqlite3.OperationalError`."""
         if self._is_closed:
             raise RuntimeError(f"{self.path.name} is closed")
         answer: Future[T] = Future()
-        self._waiting.put((work, answer, BUSY_S if busy_s is None else busy_s))
+        busy_s = min(SHORT_BUSY_S, BUSY_S) if is_tried_again else BUSY_S
+        self._waiting.put((work, answer, busy_s))
         return await asyncio.wrap_future(answer)
 
     def post(self, work: Work) -> bool:
