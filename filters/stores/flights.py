@@ -318,23 +318,32 @@ class Flight:
         self._recorded = recorded = Recorded(
             reply.status, reply.headers.copy(), body.media_type, body.encoding
         )
-        if reply.status >= 400:
-            self._send_others_away()
+        if reply.status >= 400 and not self._keeps_its_own():
+            reply.discard()
+            call.finish(End(Outcome.DISCARDED, reply.status))
+            return
         if whole is not None:
             recorded.pieces.append(whole)
             self._came_whole(recorded, whole)
         else:
             self._flows(body)
 
-    def _send_others_away(self) -> None:
-        """A refusal is of the very request that was refused: others ask for themselves."""
+    def _keeps_its_own(self) -> bool:
+        """A refusal is of the very request that was refused: others ask for themselves. Whether
+        anybody is left."""
         self._owner.closed(self)
-        mine = refusal_key("", self.call)
+        refused = refusal_key("", self.call)
         for member in tuple(self.members):
-            if member is not self.payer and refusal_key("", member.call) != mine:
+            if refusal_key("", member.call) != refused:
                 member.flight = None
                 del self.members[member]
                 member.begin(None)
+        if not self.members:
+            self._over()
+            return False
+        if self.payer not in self.members:  # the first one has left, and it was another's request
+            self.payer = next(iter(self.members))
+        return True
 
     def _failed(self, error: BaseException) -> None:
         end = end_of(error, self.call)
@@ -343,10 +352,10 @@ class Flight:
             error = CallError(503, "shutting_down", "the sidecar is shutting down")
         is_deadline = isinstance(error, Rejected) and error.code == DEADLINE
         for member in members:
-            if member.begun.done():  # we failed in the midst of it
-                member.fail(
-                    CallError(500, "internal_error", "the sidecar failed; its log says why")
-                )
+            if member.begun.done():  # it cannot raise it any more, nor say what it was
+                log.error("flight_failed", exc_info=error)
+                failure = CallError(500, "internal_error", "the sidecar failed; its log says why")
+                member.fail(failure)
                 continue
             self._tell(member)
             member.flight = None

@@ -567,3 +567,24 @@ async def test_call_that_asks_again_is_counted_once(harness: Harness) -> None:
         for word in ("hit", "miss", "join", "bypass")
     ]
     assert counts == [0, 1, 1, 0]
+
+
+async def test_refusal_reaches_nobody_whose_request_was_another_when_the_first_one_has_left(
+    harness: Harness,
+) -> None:
+    async def answer(attempt: Attempt) -> Reply:
+        await turns()
+        is_bad = b"metadata" in attempt.body
+        return Reply.of(400 if is_bad else 200, b'{"error":{}}' if is_bad else ANSWER)
+
+    harness.upstream.answer = answer
+    bad = harness.start(asking(harness, metadata={"x": 1}))
+    good = harness.start(asking(harness))
+    await turns(2)
+    bad.client_leaves()
+    await bad.ended()
+    await good.ended()
+    assert (good.client.status, good.client.data) == (200, ANSWER)
+    await harness.settled()
+    cache = next(each for each in harness.filters if isinstance(each, Cache))
+    assert cache._flights == {}
