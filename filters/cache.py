@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Iterable
 from importlib.util import find_spec
 from random import random
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
 from filters.algo.cache_key import (
-    ANY,
     IGNORED_FIELDS,
     IGNORED_HEADERS,
     Wish,
@@ -22,7 +21,17 @@ from filters.algo.cache_key import (
 )
 from filters.algo.refusals import read_refusal
 from filters.algo.sharing import Scope, Sharing
-from filters.stores.answers import entry_of, may_keep, replay
+from filters.stores.answers import (
+    BYPASS,
+    HEADER,
+    HIT,
+    JOIN,
+    KEY_HEADER,
+    MISS,
+    entry_of,
+    may_keep,
+    replay,
+)
 from filters.stores.cache import CacheStore, CacheStoreSettings, Entry, MemoryCache, open_cache
 from filters.stores.cache_panel import CachePanel
 from filters.stores.flights import Flight, Recorded, Room
@@ -32,18 +41,12 @@ from sidecar.api import (
     Call,
     CallFilter,
     CallNext,
-    FilterConfig,
     Ground,
     HeaderName,
     Kit,
     Reply,
     within_deadline,
 )
-
-HEADER = b"x-sidecar-cache"
-KEY_HEADER = b"x-sidecar-cache-key"
-HIT, MISS, JOIN, BYPASS = b"hit", b"miss", b"join", b"bypass"
-
 
 REFUSALS = CacheStoreSettings(
     max_bytes=4 * 1024 * 1024, max_entries=1000, max_entry_bytes=64 * 1024
@@ -59,10 +62,9 @@ class Cache(CallFilter):
     limits, and before whatever waits or chooses: queue, router, retry.
     """
 
-    class Config(FilterConfig):
-        backend: Literal["memory", "disk", "redis"] = "memory"
-        """Where answers are kept: in this process, in a file of `data_dir` that survives a restart,
-        or in the `store`, which several processes share."""
+    class Config(CacheStoreSettings):
+        """Where answers are kept, and how many (`CacheStoreSettings`), for how long, and whose."""
+
         ttl_s: PositiveFloat = 3600.0
         """An answer is used that long at most."""
         ttl_jitter_s: NonNegativeFloat = 300.0
@@ -86,23 +88,11 @@ class Cache(CallFilter):
         """Identical calls that are under way at the same time make one upstream call."""
         replay: Literal["at_once", "rhythm"] = "at_once"
         """How a recorded stream comes: at once, or as it came the first time."""
-        max_bytes: PositiveInt = 64 * 1024 * 1024
-        """Of all answers kept (memory, disk), and of those still coming."""
-        max_entries: PositiveInt = 10_000
-        """Answers kept (memory, disk); the one unused for longest goes first."""
-        max_entry_bytes: PositiveInt = 1024 * 1024
-        """A longer answer is not kept."""
-        bloom: bool = Field(default=False)
-        """Ask a Bloom filter before a cache on disk or in the store (extra `bloom`)."""
 
         @model_validator(mode="after")
-        def _fits(self) -> Cache.Config:
+        def _expires(self) -> Self:
             if self.ttl_jitter_s >= self.ttl_s:
                 raise ValueError("ttl_jitter_s must be less than ttl_s")
-            if self.max_entry_bytes > self.max_bytes:
-                raise ValueError("max_entry_bytes must not be more than max_bytes")
-            if self.bloom and self.backend == "memory":
-                raise ValueError("bloom is for the backends disk and redis: memory needs none")
             return self
 
         def lacks(self, ground: Ground) -> Iterable[tuple[tuple[str | int, ...], str]]:
@@ -143,14 +133,9 @@ class Cache(CallFilter):
 
     async def start(self) -> None:
         config = self.config
-        settings = CacheStoreSettings(
-            backend=config.backend,
-            max_bytes=config.max_bytes,
-            max_entries=config.max_entries,
-            max_entry_bytes=config.max_entry_bytes,
-            bloom=config.bloom,
-        )
-        self._store = open_cache(self.kit, settings)
+        # These alone: teams that differ in the others share a store.
+        where = {name: getattr(config, name) for name in CacheStoreSettings.model_fields}
+        self._store = open_cache(self.kit, CacheStoreSettings(**where))
         if isinstance(self._store, MemoryCache):
             self._memory = self._store
         # In memory whatever the backend: they are few, short, and of no use for long.
@@ -164,20 +149,16 @@ class Cache(CallFilter):
     # A call
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        wish = ANY
-        headers = call.headers
-        if "cache-control" in headers or "pragma" in headers:
-            wish = read_wish(headers)
-        key = None
-        if wish.may_store and may_repeat(call, self.config.any_temperature):
-            key = self._key_of(call)
-        if key is None:
-            if call.endpoint.has_model:
-                self._bypasses.value += 1
-                call.put_reply_field(HEADER, BYPASS)
-            return call_next(call)
-        call.put_reply_field(KEY_HEADER, key.encode())
-        return self._answer(call, call_next, key, wish)
+        if may_repeat(call, self.config.any_temperature):  # of most calls nothing else is asked
+            wish = read_wish(call.headers)
+            key = self._key_of(call) if wish.may_store else None
+            if key is not None:
+                call.put_reply_field(KEY_HEADER, key.encode())
+                return self._answer(call, call_next, key, wish)
+        if call.endpoint.has_model:
+            self._bypasses.value += 1
+            call.put_reply_field(HEADER, BYPASS)
+        return call_next(call)
 
     async def _answer(self, call: Call, call_next: CallNext, key: str, wish: Wish) -> Reply:
         flights, is_shared = self._flights, wish.max_age_s is None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from filters.algo.cache_key import (
-    ANY,
     IGNORED_FIELDS,
     IGNORED_HEADERS,
     Wish,
@@ -22,7 +21,16 @@ from filters.algo.cache_key import (
 )
 from filters.algo.question import CONVERSATIONS, Question, question_of
 from filters.algo.sharing import Scope, Sharing
-from filters.stores.answers import entry_of, may_keep, replay
+from filters.stores.answers import (
+    BYPASS,
+    HEADER,
+    HIT,
+    KEY_HEADER,
+    MISS,
+    entry_of,
+    may_keep,
+    replay,
+)
 from filters.stores.cache_panel import CachePanel
 from filters.stores.embeddings import FAILED, LATE, Embedder
 from filters.stores.entry import Entry, is_of, size_of
@@ -51,10 +59,7 @@ if TYPE_CHECKING:
     from filters.algo.vectors import Vector, VectorIndex
 
 PANEL = "semantic_cache"
-HEADER = b"x-sidecar-cache"
-KEY_HEADER = b"x-sidecar-cache-key"
 SIMILARITY_HEADER = b"x-sidecar-cache-similarity"
-HIT, MISS, BYPASS = b"hit", b"miss", b"bypass"
 
 LOOKS = 4
 """So many of the nearest answers are tried: one may be too old for the caller, or have no form that
@@ -187,11 +192,8 @@ class SemanticCache(CallFilter):
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
         if (call.dialect.name, call.endpoint.name) not in CONVERSATIONS:
             return call_next(call)
-        wish = ANY
-        headers = call.headers
-        if "cache-control" in headers or "pragma" in headers:
-            wish = read_wish(headers)
-        if wish.may_store and may_repeat(call, self.config.any_temperature):
+        wish = read_wish(call.headers)
+        if may_repeat(call, self.config.any_temperature) and wish.may_store:
             question = question_of(call.dialect.name, call.endpoint.name, call.json)
             if question is not None and len(question.text) <= self.config.max_question_chars:
                 key = key_of(

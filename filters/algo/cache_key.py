@@ -67,6 +67,10 @@ MAX_BODY_BYTES = 256 * 1024
 """A longer request is not for a cache: its key would hold up other calls for milliseconds."""
 
 
+def _is_zero(temperature: Any) -> bool:
+    return (type(temperature) is int or type(temperature) is float) and temperature == 0
+
+
 def _are_the_caller_s(tools: Any) -> bool:
     """Whether the caller runs all of these tools itself. The provider's own see the world."""
     if not isinstance(tools, list):
@@ -87,13 +91,13 @@ class Wish(NamedTuple):
 
 
 ANY = Wish()
+FRESH = Wish(max_age_s=0.0)
 
 
 def read_wish(headers: MultiMapping[str]) -> Wish:
     """The directives that matter here; others are passed over."""
     if "cache-control" not in headers:
-        is_old = "no-cache" in headers.get("pragma", "").lower()
-        return Wish(max_age_s=0.0) if is_old else ANY
+        return FRESH if "no-cache" in headers.get("pragma", "").lower() else ANY
     may_store, max_age_s = True, None
     for directive in ",".join(headers.getall("cache-control")).lower().split(","):
         name, _, value = directive.strip().partition("=")
@@ -101,9 +105,11 @@ def read_wish(headers: MultiMapping[str]) -> Wish:
             may_store = False
         elif name == "no-cache":
             max_age_s = 0.0
-        elif name == "max-age" and value.strip('"').isascii() and value.strip('"').isdigit():
-            age_s = float(value.strip('"'))
-            max_age_s = age_s if max_age_s is None else min(age_s, max_age_s)
+        elif name == "max-age":
+            digits = value.strip('"')
+            if digits.isascii() and digits.isdigit():
+                age_s = float(digits)
+                max_age_s = age_s if max_age_s is None else min(age_s, max_age_s)
     return Wish(may_store, max_age_s)
 
 
@@ -118,18 +124,17 @@ def may_repeat(call: Call, any_temperature: bool) -> bool:
     if not call.body or len(call.body) > MAX_BODY_BYTES or not call.targets:
         return False
     fields = call.json
+    if not any_temperature and "embedding" not in endpoint.name:
+        temperature = fields.get("temperature")
+        if temperature is None and isinstance(parameters := fields.get("parameters"), dict):
+            temperature = parameters.get("temperature")  # DashScope
+        if not _is_zero(temperature):
+            return False
     for name in CHANGING_FIELDS:
         if fields.get(name):
             return False
     tools = fields.get("tools")
-    if tools and not _are_the_caller_s(tools):
-        return False
-    if any_temperature or "embedding" in endpoint.name:
-        return True
-    temperature = fields.get("temperature")
-    if temperature is None and isinstance(parameters := fields.get("parameters"), dict):
-        temperature = parameters.get("temperature")  # DashScope
-    return type(temperature) in (int, float) and temperature == 0
+    return not tools or _are_the_caller_s(tools)
 
 
 def key_of(
@@ -152,7 +157,7 @@ def key_of(
         if not is_exact(sent, asked):
             return None
         said = asked
-        if asked.get("temperature") == 0:  # 0, 0.0 and -0.0: clients write it as they like
+        if _is_zero(asked.get("temperature")):  # 0, 0.0 and -0.0: clients write it as they like
             said = {**asked, "temperature": 0}
         body = canonical(said, skip=skip, normalise_text=normalise_text)
         if body is None:

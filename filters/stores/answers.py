@@ -25,6 +25,11 @@ from sidecar.api import (
 
 STREAM, JSON = "text/event-stream", "application/json"
 
+HEADER = b"x-sidecar-cache"
+KEY_HEADER = b"x-sidecar-cache-key"
+HIT, MISS, JOIN, BYPASS = b"hit", b"miss", b"join", b"bypass"
+"""What answers say of themselves."""
+
 MAX_CONVERTED_BYTES = 128 * 1024
 """A longer answer is not said in the other form: 2 ms at most."""
 
