@@ -443,6 +443,8 @@ class Flight:
         members = self._over()
         self.call.finish(End(Outcome.COMPLETED, self.call.status))
         for member in members:
+            if member is not self.payer and self.call.status < 400:
+                member.call[CACHED] = "join"  # before those outside look at a whole answer
             member.trailers = trailers
             member.finish()
         self._land()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from filters.cache import Cache
+from filters.cost import CallCost
 from filters.stores import flights
 from filters.token_counter import TokenCounter
 from sidecar.api import (
@@ -36,7 +38,7 @@ from tests.filters.test_cache import (
     caching,
     word,
 )
-from tests.support.harness import PATIENCE_S, Harness, Run, Use, broken
+from tests.support.harness import MODEL, PATIENCE_S, Harness, Run, Use, broken
 
 WHOLE = b"".join([*EVENTS, DONE])
 
@@ -525,6 +527,23 @@ async def test_filter_that_fails_behind_leaves_nobody_waiting_and_nothing_open(h
         if how == "raise":
             assert harness.upstream.source.is_aborted
         await harness.settled()
+
+
+async def test_answer_that_comes_in_pieces_tells_each_of_them_what_it_cost() -> None:
+    prices = {MODEL: {"input": 1, "output": 1}}
+    uses = Use(CallCost, {"prices": prices}), TokenCounter, Cache
+    async with Harness(*uses) as harness:
+        upstream = harness.upstream
+        upstream.answer = upstream.stream(ANSWER[:20], media_type="application/json")
+        runs = [harness.start(asking(harness)) for _ in range(3)]
+        await upstream.asked.wait()
+        await turns()
+        upstream.source.finish(ANSWER[20:])
+        for run in runs:
+            await run.ended()
+        paid = str(Decimal(TOOK.input + TOOK.output) / 1_000_000)
+        assert [run.client.headers["x-sidecar-cost"] for run in runs] == [paid, "0", "0"]
+        assert [run.client.data for run in runs] == [ANSWER] * 3
 
 
 async def test_headers_for_the_payer_alone_do_not_reach_the_others(harness: Harness) -> None:
