@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Iterable
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -33,8 +32,9 @@ from filters.stores.answers import (
 )
 from filters.stores.cache_panel import CachePanel
 from filters.stores.embeddings import FAILED, LATE, Embedder
-from filters.stores.entry import Entry, is_of, size_of
+from filters.stores.entry import Entry, size_of
 from filters.stores.flights import Room
+from filters.stores.purge import purge
 from sidecar.api import (
     CACHED,
     COMPLETED,
@@ -67,8 +67,6 @@ it asks for."""
 ROUNDING = 1e-6
 """The product of a vector with itself is not always 1."""
 SIMILARITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.999)
-PURGED_TOGETHER = 500
-"""So many entries a purge looks at before the calls have their turn."""
 
 
 class SemanticCache(CallFilter):
@@ -360,15 +358,7 @@ class Answers:
     async def purge(
         self, *, key: str | None = None, team: str | None = None, model: str | None = None
     ) -> int | None:
-        index = self.index
-        purged = 0
-        for number, each in enumerate(index.keys() if key is None else [key], 1):
-            entry = index.peek(each)
-            if entry is not None and is_of(entry, team, model):
-                index.pop(each)
-                purged += 1
-            if number % PURGED_TOGETHER == 0:
-                await asyncio.sleep(0)
+        purged = await purge(self.index, key, team, model)
         self._say()
         return purged
 

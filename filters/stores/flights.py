@@ -208,10 +208,9 @@ class Member:
         if flight is None:
             return
         shared = flight.call
-        if flight.payer is not self:
-            if shared.status < 400:  # of a refusal nothing is to be paid
-                self.call[CACHED] = "join"
-        elif shared.end is not None and shared.end.outcome is COMPLETED and USAGE in shared:
+        flight.mark(self)
+        is_over = shared.end is not None and shared.end.outcome is COMPLETED
+        if is_over and flight.payer is self and USAGE in shared:
             self.call[USAGE] = shared[USAGE]  # its report may still be among what was kept
         self._backlog.clear()
         flight.left(self, self._is_paused)
@@ -372,8 +371,7 @@ class Flight:
         usage = self.call.get(USAGE)
         for member in members:
             self._tell(member)
-            if member is not self.payer and recorded.status < 400:
-                member.call[CACHED] = "join"
+            self.mark(member)
             if usage is not None:
                 member.call[USAGE] = usage
             member.flight = None
@@ -443,8 +441,7 @@ class Flight:
         members = self._over()
         self.call.finish(End(Outcome.COMPLETED, self.call.status))
         for member in members:
-            if member is not self.payer and self.call.status < 400:
-                member.call[CACHED] = "join"  # before those outside look at a whole answer
+            self.mark(member)  # before those outside look at a whole answer
             member.trailers = trailers
             member.finish()
         self._land()
@@ -458,6 +455,12 @@ class Flight:
             member.finish(error)
 
     # Members come and go
+
+    def mark(self, member: Member) -> None:
+        """Say on its call that it was given another one's answer, unless it pays. Of a refusal
+        there is nothing to be paid."""
+        if member is not self.payer and self.call.status < 400:
+            member.call[CACHED] = "join"
 
     def paused(self, by: int) -> None:
         """One member more takes nothing, or one less: read on while anybody takes it."""
@@ -483,9 +486,8 @@ class Flight:
         members.pop(member, None)
         if members:
             if member is self.payer:
-                if self.call.status < 400:
-                    member.call[CACHED] = "join"
                 self.payer = next(iter(members))
+                self.mark(member)
                 if self._is_paid:
                     _pass_on(member.call, self.payer.call)
             self.paused(-1 if was_paused else 0)

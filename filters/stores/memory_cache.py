@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from filters.algo.lru import Lru
-from filters.stores.entry import Entry, is_of
+from filters.stores.entry import Entry
 from filters.stores.entry_cache import Bounds, EntryCache, Tally
+from filters.stores.purge import purge
 from sidecar.api import Clock, Metrics
-
-PURGED_TOGETHER = 1_000
-"""So many entries a purge looks at before the calls have their turn."""
 
 
 class MemoryCache(EntryCache):
@@ -43,15 +39,7 @@ class MemoryCache(EntryCache):
     async def purge(
         self, *, key: str | None = None, team: str | None = None, model: str | None = None
     ) -> int | None:
-        lru = self._lru
-        purged = 0
-        for number, each in enumerate(lru.keys() if key is None else [key], 1):
-            entry = lru.peek(each)
-            if entry is not None and is_of(entry, team, model):
-                lru.pop(each)
-                purged += 1
-            if number % PURGED_TOGETHER == 0:
-                await asyncio.sleep(0)
+        purged = await purge(self._lru, key, team, model)
         self._say()
         return purged
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from filters.stores import memory_cache
+from filters.stores import purge as purging
 from filters.stores.cache import CacheStoreSettings
 from filters.stores.entry import size_of
 from filters.stores.memory_cache import MemoryCache
@@ -77,7 +77,7 @@ async def test_figures_of_several_caches_add_up_and_go_with_them() -> None:
 
 
 async def test_long_purge_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_cache, "PURGED_TOGETHER", 2)
+    monkeypatch.setattr(purging, "LOOKED_AT_TOGETHER", 2)
     cache = make(FakeClock(), Metrics(), entries=10)
     for number in range(6):
         cache.put(f"{number}", entry())
