@@ -31,7 +31,7 @@ class AccessLog(CallFilter):
         now = self.kit.clock.monotonic()
         until = call.replied_at or now
         first_byte_s = until - call.received_at
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         line: dict[str, Any] = {
             "event": "call",
             "time": self.kit.clock.wall(),

@@ -122,7 +122,7 @@ class CallCost(CallFilter):
 
     def _settle(self, call: Call, end: End) -> None:
         cost = self._charges.charge(call)
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         label, upstream = call.label or "-", target.upstream.name if target is not None else "-"
         if cost is None:
             if call.attempts or SIDE_CALLS in call:
@@ -234,7 +234,7 @@ class Charges:
     # Prices
 
     def _price_of(self, call: Call) -> Price | None:
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         if target is None:
             return None
         return self._price(target, call.get(DEGRADED_TO, call.model))

@@ -67,7 +67,7 @@ class Hedge(CallFilter):
         )
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         if target is None or call.upload is not None or not _may_be_asked_twice(call):
             return call_next(call)
         # A stream has its first byte after the first token, any other answer after the last.

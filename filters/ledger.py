@@ -90,7 +90,7 @@ class Ledger(CallFilter):
         model = call.model or ""
         if len(model) > MAX_MODEL:
             model = model[:MAX_MODEL]
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         kind = Kind(
             kit.team,
             call.key_id,

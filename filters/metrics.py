@@ -82,7 +82,7 @@ class CallMetrics(CallFilter):
     def _count(self, call: Call, end: End) -> None:
         now = self.kit.clock.monotonic()
         self._open_here.value -= 1
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         upstream = target.upstream.name if target is not None else "-"
         key = (call.label, upstream, call.status, end.outcome)
         series = self._series.get(key) or self._open_series(*key)

@@ -158,7 +158,7 @@ class RetryCalls(CallFilter):
         ).child(kit.team)
 
     def handle(self, call: Call, call_next: CallNext) -> Awaitable[Reply]:
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         if target is None:
             return call_next(call)
         upstream = target.upstream

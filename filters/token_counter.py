@@ -162,7 +162,8 @@ class TokenCounter(CallFilter):
         begin = await reply.beginning()
         if b"stream_options" not in begin and b"include_usage" not in begin:
             return False
-        target = call.target or call.targets[0]
+        target = call.current_target
+        assert target is not None
         name = target.upstream.name
         if name not in self._refusing:
             self._refusing.add(name)
@@ -178,7 +179,7 @@ class TokenCounter(CallFilter):
 
     def counted(self, call: Call, pieces: Sequence[bytes], media_type: str, size: int) -> Usage:
         """What an answer of `size` bytes took, of which these are the first."""
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         model = (target.model if target is not None else None) or call.model or ""
         vocabularies = self._vocabularies
         return Usage(

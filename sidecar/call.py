@@ -363,7 +363,7 @@ class Call(Scope):
         self.model: str | None = None  # as the caller named it
         self.label = ""  # the same from a closed set, for metrics and logs
         self.targets: tuple[Target, ...] = ()
-        self.target: Target | None = None  # where the next attempt goes; None: the first of targets
+        self.target: Target | None = None  # the one that a filter has chosen
         self.upstream_headers: dict[bytes, bytes] | None = None  # put on the head of every attempt
         self.reply_headers: dict[bytes, bytes] | None = None  # put on the answer's, errors included
         self.attempts: int = 0
@@ -383,6 +383,14 @@ class Call(Scope):
         self._json: Any = None
         self.is_kept_alive = False  # by heartbeats, before the first byte as well
         self._deadline_at = 0.0  # not looked at yet
+
+    @property
+    def current_target(self) -> Target | None:
+        """Where the next attempt goes, or the last one went: the chosen target, else the first."""
+        target = self.target
+        if target is None and self.targets:
+            return self.targets[0]
+        return target
 
     @property
     def deadline_at(self) -> float | None:

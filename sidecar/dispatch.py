@@ -66,7 +66,7 @@ class Dispatch:
 
     async def __call__(self, call: Call) -> Reply:
         """The end of the call chain: one attempt at `call.target`, or at the first target."""
-        target = call.target or (call.targets[0] if call.targets else None)
+        target = call.current_target
         if target is None:
             return self._answer_here(call)
         if call.time_left(self._now()) <= 0:

@@ -358,16 +358,20 @@ class Accounts:
         """The attempt that a call ended with: its own, or that of the one whose place it took."""
         if line.id in self.served:
             return self.served[line.id][-1]
-        (group,) = (each for each in self.groups if line.id in each)
+        group = self._group_of(line.id)
         others = [each for each in group if each in self.served and self.lines[each].cached]
         return self.served[others[0]][-1]  # there may be two: then they went the same way
 
     def failures_beside(self, call_id: str) -> set[int]:
         """What a call may be refused with whose answer others of its group asked for: with what
         the provider told them in the end, or with 502 where it told nothing whole."""
-        (group,) = (each for each in self.groups if call_id in each)
-        last = [self.served[each][-1].status for each in group if each in self.served]
+        asked = [each for each in self._group_of(call_id) if each in self.served]
+        last = [self.served[each][-1].status for each in asked]
         return {status if status and status >= 400 else 502 for status in last}
+
+    def _group_of(self, call_id: str) -> list[str]:
+        (group,) = (each for each in self.groups if call_id in each)
+        return group
 
 
 @pytest.fixture(scope="module")

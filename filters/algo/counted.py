@@ -36,7 +36,7 @@ class NameReader:
         per = self._per
         upstream = key = ""
         if "upstream" in per:
-            target = call.target or (call.targets[0] if call.targets else None)
+            target = call.current_target
             upstream = "-" if target is None else target.upstream.name
         if "key" in per:
             key = call.key_id or "-"

@@ -74,7 +74,8 @@ def entry_of(
     rhythm: tuple[tuple[int, int], ...] = (),
 ) -> Entry:
     """The answer to `call`, to be given again for `ttl_s` seconds from `now` (Unix seconds)."""
-    target = call.target or call.targets[0]
+    target = call.current_target
+    assert target is not None
     return Entry(
         status=status,
         headers=tuple(field for field in headers.raw() if is_kept(field[0])),

@@ -178,7 +178,9 @@ class Embedder:
 
 
 def _asked(fork: Call) -> Target:
-    return fork.target or fork.targets[0]
+    target = fork.current_target
+    assert target is not None
+    return target
 
 
 def _account(
